@@ -1,0 +1,231 @@
+"""Contract 2: packed batches.
+
+Text tokens, time steps and fusion tokens are packed: sequences one after the other, no padding. Images and tabular
+rows are dense over the *present rows only*. Every index that the forward pass needs is computed here, on the CPU,
+once, so that the forward pass never asks the device a question.
+
+Shape suffixes: B samples, S sequences, T packed rows (tokens or steps), L bucket length, N rows of a modality.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BUCKETS = 6
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, padded to the longest of them, for attention backends without varlen kernels.
+
+    Attributes:
+        gather_SL: packed row per slot; a padding slot repeats its sequence's first row (finite, masked).
+        keep_S1L: True where the slot is real, shaped to broadcast over heads and queries as (S, 1, 1, L); None
+            where nothing is padded.
+        real: indices of the real slots in the flattened (S * L) grid, in sequence order.
+    """
+
+    gather_SL: Tensor
+    keep_S11L: Tensor | None
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where packed sequences begin and end.
+
+    Attributes:
+        cu_seqlens: (S + 1,) int32 cumulative lengths.
+        max_seqlen: longest sequence.
+        positions_T: int64, 0, 1, ... restarting at each sequence.
+        buckets: for the bucketed attention backend.
+        restore_T: puts the concatenated real slots of all buckets back into packed order.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions_T: Tensor
+    buckets: tuple[Bucket, ...]
+    restore_T: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """``values`` (T, ...) of the sequences that ``layout`` describes."""
+
+    values: Tensor
+    layout: Layout
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,) int32."""
+        return self.layout.cu_seqlens
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest sequence."""
+        return self.layout.max_seqlen
+
+
+@dataclass(frozen=True)
+class FusionIndex:
+    """How fusion sequences are assembled: ``[CLS]`` and the tokens of every present modality, for each view.
+
+    Sequences are ordered view by view, so that with two views the first half of the packed rows is the clean view and
+    the second half the masked one, row by row aligned.
+
+    Attributes:
+        gather_T: row of the token pool per fusion row; the pool is ``cat([cls (1, D), tokens of modality 1, ...])``.
+            Rows of dummies are in the pool but never gathered: their gradient is exactly zero.
+        layout: of views * B sequences.
+        cls_S: fusion row of each sequence's [CLS].
+        token_weight_T: of one view: sample weight / number of tokens of the sample.
+    """
+
+    gather_T: Tensor
+    layout: Layout
+    cls_S: Tensor
+    token_weight_T: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        keys: sample keys.
+        views: 2 in pretraining (clean, masked), else 1.
+        labels_B: int64, -1 = unlabelled.
+        weights_B: float32, 0 for the padding samples of evaluation.
+        presence_B: int64 bitmask in the manifest's bit order.
+        inputs: per modality, in the manifest's order; what its `collate` returned.
+        counts: how much each term predicts in this micro-batch (contract 4): known before forward.
+    """
+
+    keys: tuple[str, ...]
+    views: int
+    labels_B: Tensor
+    weights_B: Tensor
+    presence_B: Tensor
+    inputs: dict[str, Any]
+    fusion: FusionIndex
+    counts: dict[str, float]
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return len(self.keys)
+
+
+def to_device(tree: T, device: torch.device | str) -> T:
+    """Copy every tensor in nested dataclasses, dicts and tuples to ``device``."""
+    if isinstance(tree, Tensor):
+        return tree.to(device, non_blocking=True)  # type: ignore[return-value]
+    if isinstance(tree, dict):
+        return {k: to_device(v, device) for k, v in tree.items()}  # type: ignore[return-value]
+    if isinstance(tree, tuple):
+        return tuple(to_device(v, device) for v in tree)  # type: ignore[return-value]
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: to_device(getattr(tree, f.name), device) for f in fields(tree)})
+    return tree
+
+
+def make_layout(lengths: Sequence[int]) -> Layout:
+    """The layout of packed sequences with these lengths (each at least 1)."""
+    lengths_S = np.asarray(lengths, dtype=np.int64)
+    assert lengths_S.ndim == 1, lengths_S.shape
+    assert len(lengths_S) > 0 and lengths_S.min() > 0, "a packed sequence has at least one row"
+    starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
+    positions_T = np.arange(starts_S[-1]) - np.repeat(starts_S[:-1], lengths_S)
+    buckets, order = [], []
+    for members in _split_by_length(lengths_S):
+        bucket, rows = _make_bucket(members, lengths_S, starts_S)
+        buckets.append(bucket)
+        order.append(rows)
+    restore_T = np.empty(starts_S[-1], dtype=np.int64)
+    restore_T[np.concatenate(order)] = np.arange(starts_S[-1])
+    return Layout(
+        cu_seqlens=torch.from_numpy(starts_S.astype(np.int32)),
+        max_seqlen=int(lengths_S.max()),
+        positions_T=torch.from_numpy(positions_T),
+        buckets=tuple(buckets),
+        restore_T=torch.from_numpy(restore_T),
+    )
+
+
+def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
+    """Sequence ids in at most `MAX_BUCKETS` groups; cuts where the jump in length saves most padded slots."""
+    order = np.argsort(lengths_S, kind="stable")
+    ordered = lengths_S[order]
+    cuts: list[int] = []
+    while len(cuts) < MAX_BUCKETS - 1:
+        best, best_saving = None, 0
+        edges = [0, *sorted(cuts), len(ordered)]
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            inner = np.arange(low + 1, high)
+            if not len(inner):
+                continue
+            saving = (inner - low) * (ordered[high - 1] - ordered[inner - 1])
+            at = int(saving.argmax())
+            if saving[at] > best_saving:
+                best, best_saving = int(inner[at]), int(saving[at])
+        if best is None:
+            break
+        cuts.append(best)
+    edges = [0, *sorted(cuts), len(ordered)]
+    return [order[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _make_bucket(
+    members: np.ndarray, lengths_S: np.ndarray, starts_S: np.ndarray
+) -> tuple[Bucket, np.ndarray]:
+    longest = int(lengths_S[members].max())
+    slots_L = np.arange(longest)
+    keep_SL = slots_L < lengths_S[members, None]
+    rows_SL = starts_S[members, None] + np.where(keep_SL, slots_L, 0)
+    keep = None if keep_SL.all() else torch.from_numpy(keep_SL[:, None, None, :])
+    real = torch.from_numpy(np.flatnonzero(keep_SL))
+    return Bucket(torch.from_numpy(rows_SL), keep, real), rows_SL[keep_SL]
+
+
+def make_fusion_index(
+    token_counts: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray],
+    pool_sizes: Sequence[int],
+    weights_B: np.ndarray,
+    views: int,
+) -> FusionIndex:
+    """Index that assembles the fusion sequences of ``views`` views of B samples.
+
+    Args:
+        token_counts: per modality, tokens that each real row contributes to one view (empty where all are dummies).
+        rows: per modality, the sample of each real row, ascending.
+        pool_sizes: per modality, tokens of one view in the pool, dummies included. The pool of a modality holds
+            view 0, then view 1.
+        weights_B: sample weights.
+        views: 1 or 2.
+    """
+    size = len(weights_B)
+    pieces: list[list[np.ndarray]] = [[np.zeros(1, dtype=np.int64)] for _ in range(size * views)]
+    start = 1  # row 0 of the pool is [CLS]
+    for counts, sample_of, pool in zip(token_counts, rows, pool_sizes, strict=True):
+        offsets = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        for view in range(views):
+            for row, sample in enumerate(sample_of):
+                first = start + view * pool + offsets[row]
+                pieces[view * size + sample].append(np.arange(first, first + counts[row]))
+        start += pool * views
+    lengths = [sum(map(len, p)) for p in pieces]
+    layout = make_layout(lengths)
+    per_sample = np.asarray(lengths[:size])
+    return FusionIndex(
+        gather_T=torch.from_numpy(np.concatenate([piece for p in pieces for piece in p])),
+        layout=layout,
+        cls_S=layout.cu_seqlens[:-1].long(),
+        token_weight_T=torch.from_numpy(np.repeat(weights_B / per_sample, per_sample).astype(np.float32)),
+    )

@@ -1,0 +1,213 @@
+"""The recipe: one configuration tree, filled by YAML and ``key=value`` overrides.
+
+The recipe owns the data, model, objectives, batch, precision and schedule; ``ds_configs/*.json`` owns how states are
+sharded. The blocks under ``model.modalities`` belong to the modalities (their ``Config``) and are validated there.
+"""
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lanistr.manifest import Strict
+
+
+class DataConfig(Strict):
+    """Which dataset, and how it is read.
+
+    Attributes:
+        path: gold dataset; None = given on the command line.
+        workers: loader processes per rank; 0 = in the training process.
+        grouping: ``mixed`` = a plain permutation; ``stratified`` = by presence mask, similar lengths together.
+        crc: verify a member's crc32 when it is read.
+    """
+
+    path: str | None = None
+    workers: int = Field(0, ge=0)
+    grouping: Literal["mixed", "stratified"] = "stratified"
+    crc: bool = True
+
+
+class FusionConfig(Strict):
+    """The multimodal encoder (paper: 6 layers, 12 heads, width 768, intermediate 3072, projections 2048).
+
+    Attributes:
+        norm: ``pre`` as FLAVA's encoder has it.
+        pooler: an unused dense layer that the published checkpoint carries; only the ``official`` preset has it.
+    """
+
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    intermediate: int = 3072
+    norm_eps: float = 1e-12
+    dropout: float = 0.0
+    pooler: bool = False
+    projector: list[int] = [2048, 2048, 2048]
+    predictor: int = 512
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "FusionConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelConfig(Strict):
+    """The model.
+
+    Attributes:
+        attention: backend, see `lanistr.ops.attention`.
+        modalities: by name, the block of each modality's ``Config``.
+    """
+
+    fusion: FusionConfig = FusionConfig()
+    attention: Literal["auto", "reference", "sdpa_padded", "sdpa_bucketed", "torch_varlen", "flash_attn"] = "auto"
+    modalities: dict[str, dict[str, Any]]
+
+
+class ObjectiveConfig(Strict):
+    """Equation 3.
+
+    Attributes:
+        weights: lambda per term (mlm, mim, mfm, mtm, mmm).
+        similarity: SimMMM over all fusion ``tokens`` (mean per sample, then over samples) or the ``cls`` token only.
+    """
+
+    weights: dict[str, float] = {"mlm": 1.0, "mim": 1.0, "mfm": 0.01, "mtm": 0.1, "mmm": 0.5}
+    similarity: Literal["tokens", "cls"] = "tokens"
+
+
+class OptimizerConfig(Strict):
+    """Batch, precision, optimizer and schedule (AdamW; linear warm-up per step, then cosine to ``final_lr`` * lr).
+
+    Attributes:
+        global_batch: samples per optimizer step over all ranks.
+        micro_batch: samples per rank and forward pass; None = global_batch / ranks (no accumulation).
+        epochs, max_steps: the run ends at whichever comes first.
+        warmup: share of all steps.
+        clip: gradient norm.
+        save_every: steps between checkpoints (one more at the end).
+        keep: checkpoints kept.
+    """
+
+    global_batch: int = Field(128, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    final_lr: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup: float = Field(0.05, ge=0, lt=1)
+    clip: float = Field(4.0, gt=0)
+    epochs: int = Field(20, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    save_every: int = Field(500, ge=1)
+    log_every: int = Field(10, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class FinetuneConfig(OptimizerConfig):
+    """Fine-tuning for classification.
+
+    Attributes:
+        freeze: ``encoders`` = unimodal encoders frozen and in eval mode (paper); ``none`` = everything trained.
+        hidden: width of the classifier MLP.
+        dropout: in the classifier MLP.
+        patience: evaluations on validation without improvement before stopping; None = never.
+        eval_every: epochs between evaluations on validation.
+    """
+
+    freeze: Literal["encoders", "none"] = "encoders"
+    hidden: int = 256
+    dropout: float = 0.0
+    patience: int | None = None
+    eval_every: int = Field(1, ge=1)
+
+
+class Recipe(Strict):
+    """The whole tree."""
+
+    name: str
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    pretrain: OptimizerConfig = OptimizerConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("lanistr").joinpath("recipes").iterdir())
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by name or path and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        ValueError: no such recipe; an unknown key (names the nearest known one); a value out of range.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = Path(str(files("lanistr").joinpath("recipes", f"{name}.yaml")))
+    if not path.is_file():
+        raise ValueError(f"recipe {name!r}: no such file, and not one of {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_strict(Recipe, tree, str(path))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r}: write key=value, for example pretrain.lr=2e-4")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is a value, not a block")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    node[last] = parsed
+
+
+def parse_strict(cls: type[Any], tree: Any, source: str) -> Any:
+    """Validate ``tree`` as the pydantic model ``cls``.
+
+    Raises:
+        ValueError: one line that names the source, the key, what is wrong, and the nearest known key.
+    """
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] != "extra_forbidden":
+            raise ValueError(f"{source}: {where}: {first['msg']} (got {first.get('input')!r})") from None
+        known = _known_keys(cls, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"{source}: unknown key {where!r}; {hint}") from None
+
+
+def _known_keys(cls: type[Any], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if annotation is None or not hasattr(annotation, "model_fields"):
+            return []
+        cls = annotation
+    return list(cls.model_fields)

@@ -1,0 +1,108 @@
+"""Contract 3: what a modality is. Each modality lives whole in one file beside this one.
+
+A `Modality` is the loader side: cheap, picklable, no parameters. Its `build` makes the `ModalityEncoder`, the module
+with the parameters. A fifth modality is one such file, one line in `lanistr.modalities.MODALITIES` and one function in
+`lanistr.transforms`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from lanistr.config import parse_strict
+from lanistr.manifest import ModalitySchema, Strict
+
+ContentT = TypeVar("ContentT")  # one decoded sample
+ConfigT = TypeVar("ConfigT", bound=Strict)
+InputT = TypeVar("InputT")  # a collated batch of them: a frozen dataclass of tensors
+
+
+@dataclass(frozen=True)
+class Collated(Generic[InputT]):
+    """What `Modality.collate` returns.
+
+    Attributes:
+        inputs: tensors for the encoder; both views where masks were given.
+        token_counts: (n,) tokens that each row gives to fusion, per view.
+        count: how much the reconstruction term predicts (rows of weight 0 excluded).
+    """
+
+    inputs: InputT
+    token_counts: np.ndarray
+    count: float
+
+
+class Modality(ABC, Generic[ContentT, InputT]):
+    """Loader side of a modality."""
+
+    kind: ClassVar[str]
+    term: ClassVar[str]  # name of its reconstruction loss, for example "mlm"
+    Config: ClassVar[type[Strict]]  # its block in the recipe
+
+    def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
+        self.name = name
+        self.members = tuple(schema.members)
+
+    def parse_config(self, cls: type[ConfigT], config: dict[str, Any]) -> ConfigT:
+        """The recipe's block, validated. Raises ValueError that names the key."""
+        return parse_strict(cls, config, f"model.modalities.{self.name}")
+
+    @abstractmethod
+    def decode(self, members: Mapping[str, bytes]) -> ContentT:
+        """Content of the members of one sample. Raises ValueError for corrupt bytes."""
+
+    @abstractmethod
+    def dummy(self) -> ContentT:
+        """The smallest legal content, fixed and finite: stands in where a batch has no sample of the modality."""
+
+    @abstractmethod
+    def corrupt(self, content: ContentT, rng: np.random.Generator) -> np.ndarray:
+        """Boolean mask over the content's units (tokens, patches, cells); at least one unit is masked."""
+
+    @abstractmethod
+    def collate(
+        self, contents: Sequence[ContentT], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
+    ) -> Collated[InputT]:
+        """Pack n >= 1 contents. With masks: a clean and a masked view, stacked in this order.
+
+        A row of weight 0 (a dummy, or evaluation padding) must not influence anything of weight > 0.
+        """
+
+    @abstractmethod
+    def build(self, width: int, attention: str) -> "ModalityEncoder[InputT]":
+        """The module with the parameters.
+
+        Initialisation uses torch's global generator.
+
+        Args:
+            width: of the fusion tokens.
+            attention: a backend of `lanistr.ops.attention` (resolved, not ``auto``).
+        """
+
+
+class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
+    """Encoder, projection to the fusion width, and reconstruction head.
+
+    ``encoder`` holds what fine-tuning freezes; ``projection`` is the paper's single linear layer; ``head`` holds what
+    only pretraining needs (mask tokens, decoders): fine-tuning drops it.
+    """
+
+    encoder: nn.Module
+    projection: nn.Module
+    head: nn.Module
+
+    @abstractmethod
+    def encode(self, inputs: InputT) -> Tensor:
+        """Hidden states (rows of all views, hidden), one per token, in the order of the collated rows."""
+
+    @abstractmethod
+    def reconstruct(self, hidden: Tensor, inputs: InputT) -> Tensor:
+        """Summed loss (scalar, float32) over masked positions of the masked view; weight-0 rows add exactly zero."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Tokens of the fusion width."""
+        return self.projection(hidden)

@@ -1,0 +1,215 @@
+"""Images: ViT over dense patches of the present rows, masked image modelling on masked patches only.
+
+Shape suffixes: N rows of all views, n rows of one view, P patches, X pixels of a patch (3 * patch * patch),
+M masked patches, D width.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from lanistr.manifest import ModalitySchema, Strict
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+
+
+class ImageConfig(Strict):
+    """Size of the ViT (defaults: ViT-B/16 at 224 px) and masking.
+
+    Attributes:
+        pretrained: hub name or path of ViT weights; the sizes then come from there.
+        mask_ratio: share of patches masked (SimMIM).
+        pooler: the ViT's unused pooler, carried frozen by the ``official`` preset only.
+    """
+
+    pretrained: str | None = None
+    size: int = 224
+    patch: int = 16
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    mask_ratio: float = Field(0.5, gt=0, lt=1)
+    pooler: bool = False
+
+    @model_validator(mode="after")
+    def _patches_fill_image(self) -> "ImageConfig":
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is not a multiple of patch {self.patch}")
+        return self
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Pixels of the present images, once; the views differ by their mask.
+
+    Attributes:
+        patches_nPX: uint8.
+        mask_NP1: float32, 1 = replaced by the mask token; rows of view 0 (all zero), then of view 1. None = one view.
+        masked_M: masked patches as rows of the flattened (n * P) grid; weights_M the weight of their sample.
+    """
+
+    patches_nPX: Tensor
+    mask_NP1: Tensor | None
+    masked_M: Tensor
+    weights_M: Tensor
+
+
+class ImageModality(Modality[np.ndarray, ImageInput]):
+    """Content: (P, X) uint8 patches."""
+
+    kind = "image"
+    term = "mim"
+    Config = ImageConfig
+
+    def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
+        super().__init__(name, config, schema)
+        self.config = self.parse_config(ImageConfig, config)
+
+    def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
+        """Centre crop, resize to ``size``, cut into patches."""
+        size, patch = self.config.size, self.config.patch
+        try:
+            with Image.open(io.BytesIO(members["jpg"])) as opened:
+                image = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"jpg: {error}") from None
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.crop((left, top, left + short, top + short))
+        if short != size:
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        side = size // patch
+        pixels = np.asarray(image).reshape(side, patch, side, patch, 3)
+        return np.ascontiguousarray(pixels.transpose(0, 2, 4, 1, 3)).reshape(side * side, -1)
+
+    def dummy(self) -> np.ndarray:
+        """A single grey patch."""
+        return np.full((1, 3 * self.config.patch**2), 128, dtype=np.uint8)
+
+    def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Exactly ``mask_ratio`` of the patches, at least one."""
+        patches = len(content)
+        chosen = rng.permutation(patches)[: max(1, round(patches * self.config.mask_ratio))]
+        mask = np.zeros(patches, dtype=bool)
+        mask[chosen] = True
+        return mask
+
+    def collate(
+        self, contents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
+    ) -> Collated[ImageInput]:
+        """Stack the images."""
+        patches_nPX = np.stack(contents)
+        rows, patches = patches_nPX.shape[:2]
+        tokens = np.full(rows, patches + 1)
+        if masks is None:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return Collated(
+                ImageInput(torch.from_numpy(patches_nPX), None, nothing, torch.zeros(0)), tokens, 0.0
+            )
+        mask_nP = np.stack(masks)
+        masked_M = np.flatnonzero(mask_nP)
+        weights_M = np.asarray(weights, dtype=np.float32)[masked_M // patches]
+        both_NP = np.concatenate([np.zeros_like(mask_nP), mask_nP]).astype(np.float32)
+        inputs = ImageInput(
+            torch.from_numpy(patches_nPX),
+            torch.from_numpy(both_NP[..., None]),
+            torch.from_numpy(masked_M),
+            torch.from_numpy(weights_M),
+        )
+        return Collated(inputs, tokens, float((weights_M > 0).sum()))
+
+    def build(self, width: int, attention: str) -> "ImageEncoder":
+        """ViT (dense SDPA: all images have one length), its projection and its pixel decoder."""
+        return ImageEncoder(self.config, width)
+
+
+class MIMHead(nn.Module):
+    """SimMIM: a learnt mask token and a linear decoder to pixels."""
+
+    def __init__(self, hidden: int, pixels: int):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(hidden))
+        self.decoder = nn.Linear(hidden, pixels)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+class ImageEncoder(ModalityEncoder[ImageInput]):
+    """ViT from transformers."""
+
+    def __init__(self, config: ImageConfig, width: int):
+        super().__init__()
+        self.encoder = _make_vit(config)
+        hidden = self.encoder.config.hidden_size
+        self.projection = nn.Linear(hidden, width)
+        self.head: MIMHead = MIMHead(hidden, 3 * config.patch**2)
+
+    def encode(self, inputs: ImageInput) -> Tensor:
+        """(N * (P + 1), hidden): [CLS] and patches of each image."""
+        embeddings = self.encoder.embeddings
+        convolution = embeddings.patch_embeddings.projection
+        pixels_nPX = _normalise(inputs.patches_nPX, convolution.weight.dtype)
+        # A convolution with stride = kernel is a matrix product over patches.
+        x_NPD = nn.functional.linear(pixels_nPX, convolution.weight.flatten(1), convolution.bias)
+        if inputs.mask_NP1 is not None:
+            mask_NP1 = inputs.mask_NP1.to(x_NPD.dtype)
+            x_NPD = torch.cat([x_NPD, x_NPD])
+            x_NPD = x_NPD * (1 - mask_NP1) + cast(MIMHead, self.head).mask_token * mask_NP1
+        cls_N1D = embeddings.cls_token.expand(len(x_NPD), 1, -1)
+        x_NPD = torch.cat([cls_N1D, x_NPD], dim=1)
+        x_NPD = x_NPD + embeddings.position_embeddings[:, : x_NPD.shape[1]]
+        for layer in self.encoder.layers:
+            x_NPD = layer(x_NPD)
+        return self.encoder.layernorm(x_NPD).flatten(0, 1)
+
+    def reconstruct(self, hidden: Tensor, inputs: ImageInput) -> Tensor:
+        """L1 of masked patches, mean over a patch's pixels, summed over patches (SimMIM; paper section 3.1)."""
+        rows, patches, pixels = inputs.patches_nPX.shape
+        hidden_MD = hidden.view(2, rows, patches + 1, -1)[1, :, 1:].flatten(0, 1)
+        hidden_MD = hidden_MD.index_select(0, inputs.masked_M)
+        target_MX = inputs.patches_nPX.view(-1, pixels).index_select(0, inputs.masked_M)
+        error_MX = cast(MIMHead, self.head).decoder(hidden_MD).float() - _normalise(target_MX, torch.float32)
+        return (error_MX.abs().mean(1) * inputs.weights_M).sum()
+
+
+def _normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 -> [-1, 1], as google/vit-base-patch16-224 expects."""
+    return pixels.to(dtype) / 127.5 - 1
+
+
+def _make_vit(config: ImageConfig) -> Any:
+    from transformers import ViTConfig, ViTModel
+
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if config.pretrained:
+        try:
+            vit = ViTModel.from_pretrained(config.pretrained, add_pooling_layer=config.pooler, **no_dropout)
+        except OSError as error:
+            raise ValueError(f"image.pretrained {config.pretrained!r}: {str(error).splitlines()[0]}") from None
+        if (vit.config.image_size, vit.config.patch_size) != (config.size, config.patch):
+            raise ValueError(
+                f"image.pretrained {config.pretrained!r} has size {vit.config.image_size}, patch {vit.config.patch_size}; "
+                f"the recipe says size {config.size}, patch {config.patch}"
+            )
+    else:
+        vit_config = ViTConfig(
+            image_size=config.size,
+            patch_size=config.patch,
+            hidden_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate,
+            layer_norm_eps=1e-12,
+            **no_dropout,
+        )
+        vit_config._attn_implementation = "sdpa"
+        vit = ViTModel(vit_config, add_pooling_layer=config.pooler)
+    if vit.pooler is not None:
+        vit.pooler.requires_grad_(False)
+    return vit

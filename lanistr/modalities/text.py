@@ -1,0 +1,230 @@
+"""Text: BERT over packed tokens, masked language modelling at masked positions only.
+
+Shape suffixes: T packed tokens (all views), M masked tokens, N rows, D width, V vocabulary, H heads, K head width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lanistr.batch import Layout, make_layout
+from lanistr.manifest import ModalitySchema, Strict
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.ops.attention import attention
+from lanistr.ops.masked_ce import linear_cross_entropy
+from lanistr.transforms import TextSpec, read_npy
+
+HF_ATTENTION = "lanistr_packed"
+
+
+class TextConfig(Strict):
+    """Size of BERT (defaults: bert-base) and masking.
+
+    Attributes:
+        pretrained: hub name or path of BERT weights; the sizes then come from there.
+        max_tokens: longer texts are cut.
+        mask_ratio: share of tokens masked; special tokens never are. Masked tokens become [MASK] (paper, published code).
+        pooler: BERT's unused pooler, carried frozen by the ``official`` preset only.
+    """
+
+    pretrained: str | None = None
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    max_tokens: int = Field(512, ge=3)
+    mask_ratio: float = Field(0.15, gt=0, lt=1)
+    pooler: bool = False
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Packed token ids of all views, and the masked positions of the masked view.
+
+    Attributes:
+        ids_T, layout: sequences of view 0, then of view 1.
+        masked_M: packed positions to predict; targets_M their original ids; weights_M the weight of their sample.
+    """
+
+    ids_T: Tensor
+    layout: Layout
+    masked_M: Tensor
+    targets_M: Tensor
+    weights_M: Tensor
+
+
+class TextModality(Modality[np.ndarray, TextInput]):
+    """Content: int64 token ids, [CLS] first, [SEP] last."""
+
+    kind = "text"
+    term = "mlm"
+    Config = TextConfig
+
+    def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
+        super().__init__(name, config, schema)
+        self.config = self.parse_config(TextConfig, config)
+        self.spec = TextSpec.model_validate(schema.spec)
+        self.special = np.array([self.spec.cls_id, self.spec.sep_id, self.spec.pad_id])
+
+    def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
+        """Token ids, cut to ``max_tokens`` (the final [SEP] is kept)."""
+        ids = read_npy(members["tok.npy"]).astype(np.int64)
+        if ids.ndim != 1 or len(ids) < 2 or int(ids.max()) >= self.spec.vocab_size:
+            raise ValueError(f"tok.npy: shape {ids.shape}, largest id {ids.max(initial=-1)}: not token ids")
+        if len(ids) > self.config.max_tokens:
+            ids = np.append(ids[: self.config.max_tokens - 1], self.spec.sep_id)
+        return ids
+
+    def dummy(self) -> np.ndarray:
+        """A single unknown token."""
+        return np.array([self.spec.unk_id])
+
+    def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Bernoulli mask over tokens that are not special; at least one where there is one."""
+        maskable = np.flatnonzero(~np.isin(content, self.special))
+        mask = np.zeros(len(content), dtype=bool)
+        if len(maskable):
+            draws = rng.random(len(maskable))
+            mask[maskable[draws < self.config.mask_ratio]] = True
+            mask[maskable[draws.argmin()]] = True
+        return mask
+
+    def collate(
+        self, contents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
+    ) -> Collated[TextInput]:
+        """Pack the sequences, clean view first."""
+        lengths = np.array([len(c) for c in contents])
+        clean = np.concatenate(contents)
+        if masks is None:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            inputs = TextInput(
+                torch.from_numpy(clean), make_layout(lengths), nothing, nothing, torch.zeros(0)
+            )
+            return Collated(inputs, lengths, 0.0)
+        mask = np.concatenate(masks)
+        positions = np.flatnonzero(mask)
+        token_weights = np.repeat(np.asarray(weights, dtype=np.float32), lengths)[positions]
+        if not len(positions):  # only empty texts: one position of weight 0 keeps the head in the graph
+            positions, token_weights = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
+        inputs = TextInput(
+            ids_T=torch.from_numpy(np.concatenate([clean, np.where(mask, self.spec.mask_id, clean)])),
+            layout=make_layout([*lengths, *lengths]),
+            masked_M=torch.from_numpy(positions + len(clean)),
+            targets_M=torch.from_numpy(clean[positions]),
+            weights_M=torch.from_numpy(token_weights),
+        )
+        return Collated(inputs, lengths, float((token_weights > 0).sum()))
+
+    def build(self, width: int, attention: str) -> "TextEncoder":
+        """BERT, its projection and its MLM head."""
+        return TextEncoder(self.config, self.spec, width, attention)
+
+
+class MLMHead(nn.Module):
+    """BERT's prediction head: dense, GELU, LayerNorm, untied decoder with bias."""
+
+    def __init__(self, hidden: int, vocab_size: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=eps)
+        self.decoder = nn.Linear(hidden, vocab_size)
+        nn.init.normal_(self.decoder.weight, std=0.02)
+        nn.init.zeros_(self.decoder.bias)
+
+
+class TextEncoder(ModalityEncoder[TextInput]):
+    """BERT from transformers, packed through its attention interface."""
+
+    def __init__(self, config: TextConfig, spec: TextSpec, width: int, backend: str):
+        super().__init__()
+        self.backend = backend
+        self.encoder = _make_bert(config, spec)
+        hidden = self.encoder.config.hidden_size
+        self.projection = nn.Linear(hidden, width)
+        self.head: MLMHead = MLMHead(hidden, spec.vocab_size, self.encoder.config.layer_norm_eps)
+
+    def encode(self, inputs: TextInput) -> Tensor:
+        """(T, hidden): one token per row."""
+        output = self.encoder(
+            input_ids=inputs.ids_T[None],
+            position_ids=inputs.layout.positions_T[None],
+            layout=inputs.layout,
+            backend=self.backend,
+        )
+        return output.last_hidden_state[0]
+
+    def reconstruct(self, hidden: Tensor, inputs: TextInput) -> Tensor:
+        """Cross-entropy summed over masked tokens (paper eq. 1: masked positions only)."""
+        head = cast(MLMHead, self.head)
+        hidden_MD = hidden.index_select(0, inputs.masked_M)
+        hidden_MD = head.norm(nn.functional.gelu(head.dense(hidden_MD)))
+        return linear_cross_entropy(
+            hidden_MD, head.decoder.weight, head.decoder.bias, inputs.targets_M, inputs.weights_M
+        )
+
+
+def _make_bert(config: TextConfig, spec: TextSpec) -> Any:
+    from transformers import BertConfig, BertModel
+
+    _register_attention()
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if config.pretrained:
+        try:
+            bert = BertModel.from_pretrained(
+                config.pretrained, add_pooling_layer=config.pooler, attn_implementation=HF_ATTENTION, **no_dropout
+            )
+        except OSError as error:
+            raise ValueError(f"text.pretrained {config.pretrained!r}: {str(error).splitlines()[0]}") from None
+        if bert.config.vocab_size != spec.vocab_size:
+            raise ValueError(
+                f"text.pretrained {config.pretrained!r} has {bert.config.vocab_size} tokens, the dataset's tokenizer "
+                f"{spec.vocab_size}; build the dataset with the model's tokenizer"
+            )
+    else:
+        bert_config = BertConfig(
+            vocab_size=spec.vocab_size,
+            hidden_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate,
+            max_position_embeddings=config.max_tokens,
+            pad_token_id=spec.pad_id,
+            **no_dropout,
+        )
+        bert_config._attn_implementation = HF_ATTENTION
+        bert = BertModel(bert_config, add_pooling_layer=config.pooler)
+    if bert.pooler is not None:
+        bert.pooler.requires_grad_(False)
+    return bert
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(HF_ATTENTION, _packed_attention)
+    AttentionMaskInterface.register(HF_ATTENTION, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Packed sequences need no mask: the layout separates them."""
+
+
+def _packed_attention(
+    module: nn.Module,
+    query_1HTK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    backend: str,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    q_THK, k_THK, v_THK = (x[0].transpose(0, 1) for x in (query_1HTK, key_1HTK, value_1HTK))
+    return attention(q_THK, k_THK, v_THK, layout, backend)[None], None

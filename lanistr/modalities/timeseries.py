@@ -1,0 +1,186 @@
+"""Time series: a transformer encoder with learnable positions (Zerveas et al. 2021) over packed steps.
+
+Shape suffixes: T packed steps (all views), t packed steps of one view, C channels, G channel groups, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from lanistr.batch import Layout, make_layout
+from lanistr.manifest import ModalitySchema, Strict
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.ops.transformer import Block
+from lanistr.transforms import SeriesSpec, read_npy
+
+
+class SeriesConfig(Strict):
+    """Size of the encoder (defaults: Table 5) and masking.
+
+    Attributes:
+        hidden: model width; None = the number of channels, as the published code has it.
+        mask_ratio: share of a variable's steps masked, in geometric runs of mean length ``mask_length``.
+    """
+
+    hidden: int | None = 256
+    layers: int = 3
+    heads: int = 4
+    intermediate: int = 3072
+    max_steps: int = Field(48, ge=1)
+    mask_ratio: float = Field(0.15, gt=0, lt=1)
+    mask_length: float = Field(3.0, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> "SeriesConfig":
+        if self.hidden is not None and self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        return self
+
+
+@dataclass(frozen=True)
+class Series:
+    """Standardised values (0 where nothing was observed) and observed flags, both (steps, C)."""
+
+    values_tC: np.ndarray
+    observed_tC: np.ndarray
+
+
+@dataclass(frozen=True)
+class SeriesInput:
+    """Packed steps.
+
+    Attributes:
+        values_TC: of all views; masked entries are 0 in the masked view.
+        targets_tC: the clean values; weights_tC: weight of each entry in the loss, 0 where nothing is predicted.
+    """
+
+    values_TC: Tensor
+    layout: Layout
+    targets_tC: Tensor
+    weights_tC: Tensor
+
+
+class SeriesModality(Modality[Series, SeriesInput]):
+    """Content: `Series`."""
+
+    kind = "timeseries"
+    term = "mtm"
+    Config = SeriesConfig
+
+    def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
+        super().__init__(name, config, schema)
+        self.config = self.parse_config(SeriesConfig, config)
+        self.spec = SeriesSpec.model_validate(schema.spec)
+        self.mean = np.array(self.spec.mean, dtype=np.float32)
+        self.std = np.array(self.spec.std, dtype=np.float32)
+        self.group_of_C = np.zeros(len(self.spec.variables), dtype=np.int64)
+        for group, channels in enumerate(self.spec.groups):
+            self.group_of_C[channels] = group
+
+    def decode(self, members: Mapping[str, bytes]) -> Series:
+        """The last ``max_steps`` steps, standardised."""
+        values = read_npy(members["ts.npy"])
+        observed = read_npy(members["tsmask.npy"]).astype(bool)
+        if values.shape != observed.shape or values.shape[1:] != self.mean.shape:
+            raise ValueError(f"ts.npy {values.shape}, tsmask.npy {observed.shape}: not (T, {len(self.mean)})")
+        values, observed = values[-self.config.max_steps :], observed[-self.config.max_steps :]
+        return Series(np.where(observed, (values - self.mean) / self.std, 0).astype(np.float32), observed)
+
+    def dummy(self) -> Series:
+        """A single step of zeros."""
+        shape = (1, len(self.mean))
+        return Series(np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=bool))
+
+    def corrupt(self, content: Series, rng: np.random.Generator) -> np.ndarray:
+        """(steps, C): per variable, runs of geometric length; a variable's channels are masked together."""
+        steps = len(content.values_tC)
+        groups = len(self.spec.groups)
+        stop = 1 / self.config.mask_length
+        start = stop * self.config.mask_ratio / (1 - self.config.mask_ratio)
+        draws = rng.random((steps, groups))
+        mask_tG = np.zeros((steps, groups), dtype=bool)
+        masked_G = rng.random(groups) < self.config.mask_ratio
+        for step in range(steps):
+            mask_tG[step] = masked_G
+            masked_G = np.where(masked_G, draws[step] >= stop, draws[step] < min(1.0, start))
+        mask_tC = mask_tG[:, self.group_of_C]
+        if not (mask_tC & content.observed_tC).any():
+            observed = np.argwhere(content.observed_tC)
+            if len(observed):
+                step, channel = observed[rng.integers(len(observed))]
+                mask_tC[step] |= self.group_of_C == self.group_of_C[channel]
+        return mask_tC
+
+    def collate(
+        self, contents: Sequence[Series], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
+    ) -> Collated[SeriesInput]:
+        """Pack the steps, clean view first."""
+        lengths = np.array([len(c.values_tC) for c in contents])
+        clean_tC = np.concatenate([c.values_tC for c in contents])
+        if masks is None:
+            nothing = torch.zeros(0, clean_tC.shape[1])
+            inputs = SeriesInput(torch.from_numpy(clean_tC), make_layout(lengths), nothing, nothing)
+            return Collated(inputs, lengths, 0.0)
+        mask_tC = np.concatenate(masks)
+        predicted_tC = mask_tC & np.concatenate([c.observed_tC for c in contents])
+        step_weights = np.repeat(np.asarray(weights, dtype=np.float32), lengths)
+        weights_tC = predicted_tC * step_weights[:, None]
+        inputs = SeriesInput(
+            values_TC=torch.from_numpy(np.concatenate([clean_tC, np.where(mask_tC, 0, clean_tC)])),
+            layout=make_layout([*lengths, *lengths]),
+            targets_tC=torch.from_numpy(clean_tC),
+            weights_tC=torch.from_numpy(weights_tC),
+        )
+        return Collated(inputs, lengths, float((weights_tC > 0).sum()))
+
+    def build(self, width: int, attention: str) -> "SeriesEncoder":
+        """The encoder, its projection and its linear output layer."""
+        return SeriesEncoder(self.config, len(self.mean), width, attention)
+
+
+class SeriesTransformer(nn.Module):
+    """Input projection, learnable positions, post-norm transformer layers."""
+
+    def __init__(self, config: SeriesConfig, channels: int, backend: str):
+        super().__init__()
+        hidden = config.hidden or channels
+        self.input = nn.Linear(channels, hidden)
+        self.positions = nn.Parameter(torch.empty(config.max_steps, hidden).uniform_(-0.02, 0.02))
+        self.blocks = nn.ModuleList(
+            Block(hidden, config.heads, config.intermediate, 1e-5, backend, pre_norm=False)
+            for _ in range(config.layers)
+        )
+
+    def forward(self, values_TC: Tensor, layout: Layout) -> Tensor:
+        """(T, hidden)."""
+        x_TD = self.input(values_TC.to(self.input.weight.dtype))
+        x_TD = x_TD + self.positions.index_select(0, layout.positions_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, layout)
+        return x_TD
+
+
+class SeriesEncoder(ModalityEncoder[SeriesInput]):
+    """Time-series transformer; the reconstruction is a linear layer (the paper: this encoder has no decoder)."""
+
+    def __init__(self, config: SeriesConfig, channels: int, width: int, backend: str):
+        super().__init__()
+        hidden = config.hidden or channels
+        self.encoder = SeriesTransformer(config, channels, backend)
+        self.projection = nn.Linear(hidden, width)
+        self.head = nn.Linear(hidden, channels)
+
+    def encode(self, inputs: SeriesInput) -> Tensor:
+        """(T, hidden): one token per step."""
+        return self.encoder(inputs.values_TC, inputs.layout)
+
+    def reconstruct(self, hidden: Tensor, inputs: SeriesInput) -> Tensor:
+        """Squared error summed over masked observed values (Zerveas et al. eq. 6)."""
+        steps = len(inputs.targets_tC)
+        error_tC = self.head(hidden[steps:]).float() - inputs.targets_tC
+        return (error_tC.square() * inputs.weights_tC).sum()

@@ -1,0 +1,69 @@
+"""LANISTR: one encoder per modality and the fusion encoder. Single-device code.
+
+Shape suffixes: T packed fusion rows, D width, S sequences (samples of all views).
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lanistr.batch import Batch
+from lanistr.config import ModelConfig
+from lanistr.modalities.base import Modality, ModalityEncoder
+from lanistr.model.fusion import FusionEncoder
+from lanistr.ops.attention import resolve_backend
+
+
+class Lanistr(nn.Module):
+    """The unimodal encoders and the fusion encoder.
+
+    Every encoder runs in every step, in the same order: where a batch has no sample of a modality its encoder runs on
+    the dummy that the collator put there. The dummy's tokens are in the pool and never gathered, so their gradient is
+    exactly zero and the autograd graph is the same for every presence pattern (the law of equal work).
+    """
+
+    def __init__(self, config: ModelConfig, modalities: dict[str, Modality[Any, Any]], backend: str):
+        super().__init__()
+        self.encoders = nn.ModuleDict(
+            {name: m.build(config.fusion.width, backend) for name, m in modalities.items()}
+        )
+        self.fusion = FusionEncoder(config.fusion, backend)
+
+    def encoder(self, name: str) -> ModalityEncoder[Any]:
+        """The encoder of one modality."""
+        return cast(ModalityEncoder[Any], self.encoders[name])
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode and fuse.
+
+        Returns:
+            (T, D) fused rows of all views, and per modality the encoder's hidden states (what `reconstruct` takes).
+        """
+        hidden: dict[str, Tensor] = {}
+        pools: list[Tensor] = []
+        for name in self.encoders:
+            encoder = self.encoder(name)
+            hidden[name] = encoder.encode(batch.inputs[name])
+            pools.append(encoder.project(hidden[name]))
+        return self.fusion(pools, batch.fusion), hidden
+
+
+def build_model(
+    config: ModelConfig, modalities: dict[str, Modality[Any, Any]], seed: int, device: str = "cpu"
+) -> Lanistr:
+    """A freshly initialised model on the CPU, the same on every rank.
+
+    Args:
+        config: sizes.
+        modalities: from `lanistr.modalities.make_modalities`.
+        seed: of the initialisation; torch's global generator is left untouched.
+        device: where it will run, which decides the attention backend.
+
+    Raises:
+        ValueError: a requested attention backend is not available.
+    """
+    backend = resolve_backend(config.attention, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Lanistr(config, modalities, backend)

@@ -1,0 +1,125 @@
+"""Tasks: Batch -> totals of named terms (contract 4).
+
+A task returns the *sum* of each loss over what was predicted; how much that was is in ``batch.counts``, known before
+forward. The engine divides by the count of the whole optimizer step, over all ranks and micro-batches.
+
+Shape suffixes: B samples, T packed fusion rows of one view, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lanistr.batch import Batch
+from lanistr.config import FinetuneConfig, FusionConfig, ObjectiveConfig
+from lanistr.losses import simsiam_loss
+from lanistr.modalities.base import Modality
+from lanistr.model.fusion import SimSiamHeads
+from lanistr.model.lanistr import Lanistr
+
+
+class Pretrain(nn.Module):
+    """Unimodal masked losses and SimMMM (paper eq. 3).
+
+    Attributes:
+        weights: lambda per term.
+    """
+
+    def __init__(
+        self,
+        model: Lanistr,
+        modalities: dict[str, Modality[Any, Any]],
+        fusion: FusionConfig,
+        objective: ObjectiveConfig,
+        seed: int,
+    ):
+        super().__init__()
+        self.model = model
+        self.similarity = objective.similarity
+        self.term_of = {name: modality.term for name, modality in modalities.items()}
+        self.weights = objective.weights
+        missing = [term for term in [*self.term_of.values(), "mmm"] if term not in self.weights]
+        if missing:
+            raise ValueError(f"objective.weights: no weight for {', '.join(missing)} (0 switches a term off)")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            self.heads = SimSiamHeads(fusion)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Totals (float32 scalars) of every term, zero-weight terms included."""
+        assert batch.views == 2, "pretraining needs a clean and a masked view"
+        fused_TD, hidden = self.model(batch)
+        totals: dict[str, Tensor] = {}
+        for name, term in self.term_of.items():
+            total = self.model.encoder(name).reconstruct(hidden[name], batch.inputs[name])
+            totals[term] = totals[term] + total if term in totals else total
+        totals["mmm"] = self._similarity(fused_TD, batch)
+        return totals
+
+    def _similarity(self, fused_TD: Tensor, batch: Batch) -> Tensor:
+        if self.similarity == "cls":
+            fused_TD = fused_TD.index_select(0, batch.fusion.cls_S)
+            weights = batch.weights_B
+        else:
+            weights = batch.fusion.token_weight_T
+        z, p = self.heads(fused_TD)
+        (z_clean, z_masked), (p_clean, p_masked) = z.chunk(2), p.chunk(2)
+        return (simsiam_loss(z_clean, p_clean, z_masked, p_masked) * weights).sum()
+
+
+class Finetune(nn.Module):
+    """Classification: an MLP on the fusion [CLS].
+
+    Attributes:
+        weights: ``{"cls": 1}``.
+    """
+
+    def __init__(self, model: Lanistr, width: int, classes: int, config: FinetuneConfig, seed: int):
+        super().__init__()
+        for name in model.encoders:
+            model.encoder(name).head = nn.Identity()  # only pretraining needs it
+        self.model = model
+        self.weights = {"cls": 1.0}
+        self.frozen = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 2)
+            self.classifier = nn.Sequential(
+                nn.Linear(width, config.hidden),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.hidden, classes),
+            )
+
+    def freeze(self) -> None:
+        """Freeze the unimodal encoders (not their projections) and keep them in eval mode from now on."""
+        self.frozen = True
+        for name in self.model.encoders:
+            self.model.encoder(name).encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Finetune":
+        """As `nn.Module.train`, but frozen encoders stay in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            for name in self.model.encoders:
+                self.model.encoder(name).encoder.eval()
+        return self
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, classes) float32."""
+        fused_TD, _ = self.model(batch)
+        return self.classifier(fused_TD.index_select(0, batch.fusion.cls_S)).float()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Total cross-entropy over labelled samples of weight > 0."""
+        labelled_B = (batch.labels_B >= 0).float() * batch.weights_B
+        losses_B = nn.functional.cross_entropy(
+            self.logits(batch), batch.labels_B.clamp(min=0), reduction="none"
+        )
+        return {"cls": (losses_B * labelled_B).sum()}
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """(B, classes) probabilities, float32."""
+        return self.logits(batch).softmax(-1)

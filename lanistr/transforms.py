@@ -1,0 +1,247 @@
+"""Raw value -> member bytes, per modality, and the specs that describe them.
+
+The one place where raw data becomes model input: the ETL calls it for training data and the predictor for raw
+records, so that training and serving cannot differ. Imports no torch.
+
+For each kind there is a ``*Spec`` (stored in the manifest, fitted on train only) and an ``encode_*`` function that
+returns ``{member suffix: bytes}``. Numbers are stored untransformed (NaN = missing cell); standardisation happens
+when a member is decoded.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lanistr.manifest import Strict
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MISSING_ID = 0  # category id of a missing cell
+UNSEEN_ID = 1  # category id of a value that the training data never had
+FIRST_KNOWN_ID = 2
+MAX_IMAGE_PIXELS = 64_000_000
+
+
+class TextSpec(Strict):
+    """Token ids as ``tok.npy`` (uint16 or int32), with [CLS] first and [SEP] last.
+
+    Attributes:
+        max_tokens: longest stored sequence, special tokens included.
+    """
+
+    kind: Literal["text"] = "text"
+    vocab_size: int
+    max_tokens: int
+    pad_id: int
+    unk_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+
+
+class ImageSpec(Strict):
+    """A JPEG (``jpg``): EXIF-rotated, RGB, shorter side at most ``size`` pixels."""
+
+    kind: Literal["image"] = "image"
+    size: int
+    quality: int = 90
+
+
+class NumericColumn(Strict):
+    """A numeric column with its train mean and standard deviation (> 0)."""
+
+    name: str
+    mean: float
+    std: float
+
+
+class CategoricalColumn(Strict):
+    """A categorical column: ids 0 missing, 1 unseen, then ``values`` in order, then ``buckets`` hashed ones.
+
+    ``buckets`` is 0 when ``values`` holds every value seen in train; otherwise a value outside ``values`` is hashed.
+    """
+
+    name: str
+    values: list[str]
+    buckets: int = 0
+
+    @property
+    def cardinality(self) -> int:
+        """Number of ids."""
+        return FIRST_KNOWN_ID + len(self.values) + self.buckets
+
+
+class TabularSpec(Strict):
+    """One float32 row (``tab.npy``): numeric columns, then category ids; NaN = missing cell."""
+
+    kind: Literal["tabular"] = "tabular"
+    numeric: list[NumericColumn]
+    categorical: list[CategoricalColumn]
+
+
+class SeriesSpec(Strict):
+    """``ts.npy`` (T, C) float32 values and ``tsmask.npy`` (T, C) uint8 observed flags.
+
+    Attributes:
+        variables: channel names.
+        groups: channels that are masked together (a variable, its one-hots and its flag), as lists of channel ids.
+        mean, std: per channel over observed train values (std > 0).
+        max_steps: longest stored series.
+    """
+
+    kind: Literal["timeseries"] = "timeseries"
+    variables: list[str]
+    groups: list[list[int]]
+    mean: list[float]
+    std: list[float]
+    max_steps: int
+
+
+SPECS: dict[str, type[Strict]] = {
+    "text": TextSpec,
+    "image": ImageSpec,
+    "tabular": TabularSpec,
+    "timeseries": SeriesSpec,
+}
+MEMBERS: dict[str, list[str]] = {
+    "text": ["tok.npy"],
+    "image": ["jpg"],
+    "tabular": ["tab.npy"],
+    "timeseries": ["ts.npy", "tsmask.npy"],
+}
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """The array of a ``.npy`` file. Raises ValueError for anything else (pickles are refused)."""
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """Read a ``tokenizer.json`` or a WordPiece ``vocab.txt``.
+
+    Raises:
+        ValueError: no such file, or not a tokenizer.
+    """
+    from tokenizers import BertWordPieceTokenizer, Tokenizer
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path}: no such file")
+    try:
+        if path.suffix == ".txt":
+            tokenizer: Any = BertWordPieceTokenizer(str(path), lowercase=True)
+            return tokenizer._tokenizer
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"tokenizer {path}: {error}") from None
+
+
+def text_spec(tokenizer: "Tokenizer", max_tokens: int) -> TextSpec:
+    """The spec of a tokenizer with BERT's special tokens. Raises ValueError where one is absent."""
+    ids = {}
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        token = f"[{name.upper()}]"
+        ids[f"{name}_id"] = tokenizer.token_to_id(token)
+        if ids[f"{name}_id"] is None:
+            raise ValueError(f"the tokenizer has no {token}; LANISTR needs BERT's five special tokens")
+    return TextSpec(vocab_size=tokenizer.get_vocab_size(), max_tokens=max_tokens, **ids)
+
+
+def encode_text(text: str, tokenizer: "Tokenizer", spec: TextSpec) -> dict[str, bytes]:
+    """Token ids [CLS] ... [SEP], cut to ``spec.max_tokens``."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[: spec.max_tokens - 2]
+    dtype = np.uint16 if spec.vocab_size <= 1 << 16 else np.int32
+    return {"tok.npy": npy_bytes(np.array([spec.cls_id, *ids, spec.sep_id], dtype=dtype))}
+
+
+def encode_image(data: bytes, spec: ImageSpec) -> dict[str, bytes]:
+    """Decode, rotate by EXIF, convert to RGB, shrink the shorter side to ``spec.size``, write a JPEG.
+
+    Raises:
+        ValueError: not an image that Pillow can decode, or more than 64 million pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"image of {opened.width} x {opened.height} pixels: too large")
+            opened.draft("RGB", (spec.size, spec.size))
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable image: {error}") from None
+    short = min(image.size)
+    if short > spec.size:
+        size = tuple(max(spec.size, round(side * spec.size / short)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=spec.quality)
+    return {"jpg": buffer.getvalue()}
+
+
+def category_id(value: Any, column: CategoricalColumn, lookup: Mapping[str, int]) -> int:
+    """Id of a category value; ``lookup`` maps ``column.values`` to their position."""
+    text = str(value)
+    if text in lookup:
+        return FIRST_KNOWN_ID + lookup[text]
+    if not column.buckets:
+        return UNSEEN_ID
+    digest = int.from_bytes(hashlib.md5(text.encode()).digest(), "little")
+    return FIRST_KNOWN_ID + len(column.values) + digest % column.buckets
+
+
+class TabularEncoder:
+    """Encodes rows of one `TabularSpec`; holds the category look-up tables."""
+
+    def __init__(self, spec: TabularSpec):
+        self.spec = spec
+        self.lookups = [{value: i for i, value in enumerate(c.values)} for c in spec.categorical]
+
+    def row(self, values: Mapping[str, Any]) -> np.ndarray:
+        """(numeric + categorical,) float32; None, NaN, inf or an absent column is a missing cell (NaN)."""
+        numeric = [_number(values.get(c.name)) for c in self.spec.numeric]
+        categories = [
+            np.nan if values.get(c.name) is None else category_id(values[c.name], c, lookup)
+            for c, lookup in zip(self.spec.categorical, self.lookups, strict=True)
+        ]
+        return np.array(numeric + categories, dtype=np.float32)
+
+    def encode(self, values: Mapping[str, Any]) -> dict[str, bytes]:
+        """The row as a member."""
+        return {"tab.npy": npy_bytes(self.row(values))}
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        return np.nan
+    number = float(value)
+    return number if np.isfinite(number) else np.nan
+
+
+def encode_series(values_TC: np.ndarray, spec: SeriesSpec) -> dict[str, bytes]:
+    """Values with NaN where nothing was observed, cut to the last ``spec.max_steps`` steps.
+
+    Raises:
+        ValueError: not (T >= 1, C) with C = number of variables.
+    """
+    values_TC = np.asarray(values_TC, dtype=np.float32)
+    if values_TC.ndim != 2 or values_TC.shape[0] < 1 or values_TC.shape[1] != len(spec.variables):
+        raise ValueError(f"series of shape {values_TC.shape}: needs (T >= 1, {len(spec.variables)})")
+    values_TC = values_TC[-spec.max_steps :]
+    observed_TC = np.isfinite(values_TC)
+    return {
+        "ts.npy": npy_bytes(np.where(observed_TC, values_TC, 0).astype(np.float32)),
+        "tsmask.npy": npy_bytes(observed_TC.astype(np.uint8)),
+    }
