@@ -51,6 +51,11 @@ class Modality(ABC, Generic[ContentT, InputT]):
         """The recipe's block, validated. Raises ValueError that names the key."""
         return parse_strict(cls, config, f"model.modalities.{self.name}")
 
+    @classmethod
+    @abstractmethod
+    def paper_schema(cls) -> ModalitySchema:
+        """The schema in the paper's dataset: lets `describe` count parameters without any data."""
+
     @abstractmethod
     def decode(self, members: Mapping[str, bytes]) -> ContentT:
         """Content of the members of one sample. Raises ValueError for corrupt bytes."""

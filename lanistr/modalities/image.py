@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.transforms import MEMBERS, ImageSpec
 
 
 class ImageConfig(Strict):
@@ -71,6 +72,11 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         super().__init__(name, config, schema)
         self.config = self.parse_config(ImageConfig, config)
+
+    @classmethod
+    def paper_schema(cls) -> ModalitySchema:
+        """224 px JPEGs."""
+        return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=ImageSpec(size=224).model_dump())
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Centre crop, resize to ``size``, cut into patches."""

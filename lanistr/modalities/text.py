@@ -17,7 +17,7 @@ from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
-from lanistr.transforms import TextSpec, read_npy
+from lanistr.transforms import MEMBERS, TextSpec, read_npy
 
 HF_ATTENTION = "lanistr_packed"
 
@@ -70,6 +70,12 @@ class TextModality(Modality[np.ndarray, TextInput]):
         self.config = self.parse_config(TextConfig, config)
         self.spec = TextSpec.model_validate(schema.spec)
         self.special = np.array([self.spec.cls_id, self.spec.sep_id, self.spec.pad_id])
+
+    @classmethod
+    def paper_schema(cls) -> ModalitySchema:
+        """bert-base-uncased's vocabulary."""
+        spec = TextSpec(vocab_size=30522, max_tokens=512, pad_id=0, unk_id=100, cls_id=101, sep_id=102, mask_id=103)
+        return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=spec.model_dump())
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Token ids, cut to ``max_tokens`` (the final [SEP] is kept)."""

@@ -16,7 +16,7 @@ from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
 from lanistr.ops.transformer import Block
-from lanistr.transforms import SeriesSpec, read_npy
+from lanistr.transforms import MEMBERS, SeriesSpec, read_npy
 
 
 class SeriesConfig(Strict):
@@ -81,6 +81,19 @@ class SeriesModality(Modality[Series, SeriesInput]):
         self.group_of_C = np.zeros(len(self.spec.variables), dtype=np.int64)
         for group, channels in enumerate(self.spec.groups):
             self.group_of_C[channels] = group
+
+    @classmethod
+    def paper_schema(cls) -> ModalitySchema:
+        """MIMIC's discretiser: 59 value channels and 17 observed flags (the paper says 48; DECISIONS.md)."""
+        channels = 76
+        spec = SeriesSpec(
+            variables=[f"channel{i}" for i in range(channels)],
+            groups=[[i] for i in range(channels)],
+            mean=[0.0] * channels,
+            std=[1.0] * channels,
+            max_steps=48,
+        )
+        return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=spec.model_dump())
 
     def decode(self, members: Mapping[str, bytes]) -> Series:
         """The last ``max_steps`` steps, standardised."""

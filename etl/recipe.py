@@ -1,0 +1,295 @@
+"""The dataset recipe: where the raw data is, which modalities to build from it, and how.
+
+A recipe is YAML. ``source`` says where things are in the raw folder; one block per modality (``text``, ``image``,
+``tabular``, ``timeseries``) says how to encode it, and a modality without a block is not built. An unknown key is
+an error that names the nearest known one.
+"""
+
+import difflib
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from lanistr.manifest import Strict
+
+NAME = r"^[A-Za-z0-9_-]+$"  # names a folder and its shards; a dot would confuse WebDataset's keys
+MODALITIES = ("text", "image", "tabular", "timeseries")  # the bit order of a presence mask
+MAX_CATEGORY_ID = 1 << 24  # ids are stored as float32, which is exact up to here
+
+Modality = Literal["text", "image", "tabular", "timeseries"]
+
+
+class TextTable(Strict):
+    """Text columns, joined by a space.
+
+    Attributes:
+        table: raw file with the texts; the main table itself where absent.
+        id: column that names the sample; the main table's ``id`` where absent.
+    """
+
+    columns: list[str] = Field(min_length=1)
+    table: str | None = None
+    id: str | None = None
+
+
+class SeriesTable(Strict):
+    """A long table: one row per (sample, time, variable). ``time`` holds numbers or timestamps."""
+
+    table: str
+    id: str
+    time: str
+    variable: str
+    value: str
+
+
+class TableSource(Strict):
+    """Any user's own tables: a main table with one row per sample, and optional side tables and images.
+
+    Attributes:
+        main: ``.parquet``, ``.csv[.gz]`` or ``.jsonl[.gz]``, relative to the raw folder, as all files here.
+        id: column that identifies a row of ``main``.
+        group: column whose values never straddle splits (a patient, a customer); ``id`` where absent.
+        label: column with the class; a null is an unlabelled sample.
+        image: template of an image's path, for example ``photos/{product_id}.jpg``; its fields are main columns.
+    """
+
+    kind: Literal["table"]
+    main: str
+    id: str
+    group: str | None = None
+    label: str | None = None
+    text: TextTable | None = None
+    image: str | None = None
+    series: SeriesTable | None = None
+
+
+class AmazonSource(Strict):
+    """Amazon reviews of 2018. Text is the summary and the review; the label is the number of stars.
+
+    Attributes:
+        reviews, metadata: raw files; metadata may be absent.
+        images: raw folder with ``<asin>.jpg``.
+        text_chars: summary and review together are cut to this many characters.
+        title: put the product's title before the text (not in the paper). It is not cut.
+        brand, price: add these metadata columns to the tabular modality (not in the paper).
+        group: what never straddles splits.
+    """
+
+    kind: Literal["amazon2018"]
+    reviews: str
+    metadata: str | None = None
+    images: str | None = None
+    text_chars: int = Field(512, ge=1)
+    title: bool = False
+    brand: bool = False
+    price: bool = False
+    group: Literal["reviewer", "product"] = "reviewer"
+
+    @model_validator(mode="after")
+    def _switches_need_metadata(self) -> "AmazonSource":
+        if self.metadata is None and (self.title or self.brand or self.price):
+            raise ValueError("title, brand and price come from the metadata: give source.metadata, or switch them off")
+        return self
+
+
+class TokenizerChoice(Strict):
+    """Exactly one of: a file, a name (a folder or a hub name), or a vocabulary size to train on the train split."""
+
+    path: str | None = None
+    name: str | None = None
+    train: int | None = Field(None, ge=100, le=1 << 20)
+
+    @model_validator(mode="after")
+    def _one(self) -> "TokenizerChoice":
+        given = [key for key, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, name, train; got {', '.join(given) or 'none'}")
+        return self
+
+
+class TextRecipe(Strict):
+    """How to tokenise. ``max_chars`` cuts before, ``max_tokens`` (special tokens included) after tokenising."""
+
+    tokenizer: TokenizerChoice
+    max_tokens: int = Field(512, ge=3)
+    max_chars: int | None = Field(None, ge=1)
+
+
+class ImageRecipe(Strict):
+    """Shorter side in pixels at most ``size``; JPEG quality 1-95."""
+
+    size: int = Field(224, ge=8)
+    quality: int = Field(90, ge=1, le=95)
+
+
+class TabularRecipe(Strict):
+    """Columns, and how categories get ids.
+
+    Attributes:
+        numeric, categorical: column names; absent means all that the source has (``amazon2018`` only).
+        max_values: at most this many train values per categorical column get their own id.
+        buckets: the others are hashed into this many ids; only where a column has more than ``max_values``.
+    """
+
+    numeric: list[str] | None = None
+    categorical: list[str] | None = None
+    max_values: int = Field(10_000, ge=1)
+    buckets: int = Field(1_000, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TabularRecipe":
+        if self.max_values + self.buckets + 2 > MAX_CATEGORY_ID:
+            raise ValueError(f"max_values + buckets must stay below {MAX_CATEGORY_ID} (ids are stored as float32)")
+        columns = [*(self.numeric or []), *(self.categorical or [])]
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise ValueError(f"listed twice: {', '.join(twice)}")
+        return self
+
+
+class SeriesRecipe(Strict):
+    """Channels and length.
+
+    Attributes:
+        variables: channel names in order; absent means all that occur in train, sorted.
+        max_steps: the last so many steps are kept.
+    """
+
+    variables: list[str] | None = Field(None, min_length=1)
+    max_steps: int = Field(512, ge=1)
+
+
+class Split(Strict):
+    """Shares of the groups (not of the samples) per split; ``salt`` draws another split."""
+
+    salt: str = "lanistr"
+    train: float = Field(0.8, gt=0, le=1)
+    val: float = Field(0.1, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum(self) -> "Split":
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + val + test is {total:g}, must be 1")
+        return self
+
+
+class Recipe(Strict):
+    """A dataset recipe.
+
+    Attributes:
+        name: the gold dataset's name: letters, digits, ``_``, ``-``.
+        require: keep only samples that have all of these modalities.
+        shard_size: samples per tar.
+        fit_from: a gold folder whose tokenizer, vocabularies and statistics are used instead of fitting.
+    """
+
+    name: str = Field(pattern=NAME)
+    source: Annotated[TableSource | AmazonSource, Field(discriminator="kind")]
+    split: Split = Split()
+    require: list[Modality] = []
+    text: TextRecipe | None = None
+    image: ImageRecipe | None = None
+    tabular: TabularRecipe | None = None
+    timeseries: SeriesRecipe | None = None
+    shard_size: int = Field(10_000, ge=1)
+    fit_from: str | None = None
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """Modalities that are built, in bit order."""
+        return [name for name in MODALITIES if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if not self.modalities:
+            raise ValueError(f"no modality: give a block for at least one of {', '.join(MODALITIES)}")
+        absent = [name for name in self.require if name not in self.modalities]
+        if absent:
+            raise ValueError(f"require names {', '.join(absent)}, but the recipe has no such block")
+        for name in self.modalities:
+            self._check_source(name)
+        return self
+
+    def _check_source(self, modality: Modality) -> None:
+        source = self.source
+        if isinstance(source, AmazonSource):
+            if modality == "timeseries":
+                raise ValueError("amazon2018 has no timeseries: remove the block")
+            return
+        field = {"text": "text", "image": "image", "timeseries": "series"}.get(modality)
+        if field and getattr(source, field) is None:
+            raise ValueError(f"the block {modality} needs source.{field}")
+        if modality == "tabular" and self.tabular:
+            if self.tabular.numeric is None and self.tabular.categorical is None:
+                raise ValueError("tabular needs numeric or categorical columns for a table source")
+
+
+def load(given: str | Path) -> Recipe:
+    """Read a recipe from a path, or by the name of a file in ``etl/recipes`` (with or without ``.yaml``).
+
+    Raises:
+        ValueError: no such recipe, not YAML, an unknown key (names the nearest) or a bad value.
+    """
+    text = _read(given)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {given}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {given}: must be a mapping of keys to values, got {type(tree).__name__}")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"recipe {given}: {_explain(error)}") from None
+
+
+def _read(given: str | Path) -> str:
+    if Path(given).is_file():
+        return Path(given).read_text(encoding="utf-8")
+    folder = files("etl") / "recipes"
+    name = Path(given).name.removesuffix(".yaml")
+    inside = folder / f"{name}.yaml"
+    if not inside.is_file():
+        known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        raise ValueError(f"recipe {given}: no such file, and no recipe of that name; there are {', '.join(known)}")
+    return inside.read_text(encoding="utf-8")
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path, siblings = _locate(first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(siblings)}"
+        return f"unknown key {'.'.join(path)!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)}: {message}" if path else message
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The location as people write it (pydantic adds a union's tag), and the known keys at its last level."""
+    path: list[str] = []
+    candidates: list[type[BaseModel]] = [Recipe]
+    siblings: list[str] = []
+    for part in loc:
+        if len(candidates) > 1:
+            candidates = [m for m in candidates if part in getattr(m.model_fields["kind"].annotation, "__args__", ())]
+            continue
+        path.append(str(part))
+        siblings = list(candidates[0].model_fields) if candidates else []
+        field = candidates[0].model_fields.get(str(part)) if candidates else None
+        candidates = list(_models(field.annotation)) if field else []
+    return path, siblings
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)

@@ -1,0 +1,51 @@
+"""``python -m lanistr describe | report``: what a recipe builds; what runs reached."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for a user's mistake)."""
+    parser = argparse.ArgumentParser(prog="python -m lanistr", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    describe = commands.add_parser("describe", help="parameter counts per part, reconciled with the published model")
+    describe.add_argument("--recipe", default="demo", help="name or path")
+    describe.add_argument("--data", help="gold dataset whose vocabulary and columns count (default: the paper's)")
+    describe.add_argument("overrides", nargs="*", metavar="key=value")
+    describe.set_defaults(run=_describe)
+    report = commands.add_parser("report", help="a Markdown report of a pretraining run and of models tuned from it")
+    report.add_argument("--pretrain", type=Path, required=True, help="run folder of pretraining")
+    report.add_argument("--finetuned", type=Path, nargs="+", required=True, help="evaluated run folders")
+    report.add_argument("--truth", type=Path, help="truth.json of the demo data")
+    report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
+    report.set_defaults(run=_report)
+    arguments = parser.parse_args(argv)
+    try:
+        print(arguments.run(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _describe(arguments: argparse.Namespace) -> str:
+    from lanistr.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+
+    from lanistr.manifest import Manifest
+    from lanistr.model.describe import describe
+
+    manifest = Manifest.load(arguments.data) if arguments.data else None
+    return describe(recipe, load_recipe("official"), manifest)
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from lanistr.evaluation.report import write_report
+
+    return write_report(arguments.pretrain, arguments.finetuned, arguments.truth, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.model.padded_oracle import oracle_terms
+from tests.model.support import (
+    NAMES,
+    make_batch,
+    make_modalities,
+    make_pretrain,
+    random_samples,
+    total_loss,
+)
+
+from lanistr.modalities.timeseries import Series
+
+PATTERNS = st.lists(st.lists(st.sampled_from(NAMES), unique=True, max_size=4), min_size=1, max_size=5)
+
+
+def gradients(task: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        found[name] = parameter.grad.clone()
+        parameter.grad = None
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(presence=PATTERNS, seed=st.integers(0, 1000))
+def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: list, seed: int) -> None:
+    modalities = make_modalities()
+    task = make_pretrain(modalities)
+    contents, masks = random_samples(modalities, presence, seed)
+    loss, terms = total_loss(task, make_batch(modalities, contents, masks))
+    loss.backward()
+    packed = gradients(task)
+
+    expected = oracle_terms(task, modalities, contents, masks)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+    torch.stack([task.weights[name] * value for name, value in expected.items()]).sum().backward()
+    for name, parameter in task.named_parameters():
+        oracle = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(packed[name], oracle, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def hook_order(task: torch.nn.Module, batch: object) -> list[str]:
+    order: list[str] = []
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+        for name, p in task.named_parameters()
+    ]
+    total_loss(task, batch)[0].backward()  # type: ignore[arg-type]
+    for handle in handles:
+        handle.remove()
+    task.zero_grad()
+    return order
+
+
+@pytest.mark.parametrize("masks_as_bits", range(15))
+def test_gradient_hook_order_is_the_same_for_every_presence_pattern(masks_as_bits: int) -> None:
+    modalities = make_modalities()
+    task = make_pretrain(modalities)
+    complete = make_batch(modalities, *random_samples(modalities, [NAMES] * 3, 0))
+    present = [n for i, n in enumerate(NAMES) if masks_as_bits >> i & 1]
+    partial = make_batch(modalities, *random_samples(modalities, [present] * 2, 1))
+    expected = hook_order(task, complete)
+    assert sorted(expected) == sorted(name for name, _ in task.named_parameters())
+    assert hook_order(task, partial) == expected
+
+
+def test_finite_garbage_in_dummies_changes_nothing_bitwise() -> None:
+    modalities = make_modalities()
+    task = make_pretrain(modalities)
+    garbage = {
+        "text": np.array([7]),
+        "image": np.full((1, 192), 255, dtype=np.uint8),
+        "timeseries": Series(np.full((1, 4), 1e3, dtype=np.float32), np.ones((1, 4), dtype=bool)),
+    }
+    for name, dummy in garbage.items():
+        present = [n for n in NAMES if n != name]
+        contents, masks = random_samples(modalities, [present] * 3, 0)
+        results = []
+        for dummies in (None, {name: dummy}):
+            loss, terms = total_loss(task, make_batch(modalities, contents, masks, dummies))
+            loss.backward()
+            results.append((loss.detach(), terms, gradients(task)))
+        (loss_a, terms_a, grads_a), (loss_b, terms_b, grads_b) = results
+        assert torch.equal(loss_a, loss_b)
+        assert all(torch.equal(terms_a[t], terms_b[t]) for t in terms_a)
+        assert all(torch.equal(grads_a[n], grads_b[n]) for n in grads_a), name
+
+
+def test_a_sample_does_not_see_the_other_samples_of_its_batch() -> None:
+    modalities = make_modalities()
+    task = make_pretrain(modalities)
+    presence = [NAMES, ("text", "tabular"), ("image",)]
+    contents, masks = random_samples(modalities, presence, 3)
+    together, _ = task.model(make_batch(modalities, contents, masks))
+    alone, _ = task.model(make_batch(modalities, contents[:1], masks[:1]))
+    rows = len(alone) // 2
+    torch.testing.assert_close(together[:rows], alone[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_stop_gradient_reaches_only_the_predicting_branch() -> None:
+    from lanistr.losses import simsiam_loss
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 8, requires_grad=True) for _ in range(4)]
+    z_clean, p_clean, z_masked, p_masked = tensors
+    simsiam_loss(z_clean, p_clean, z_masked, p_masked).sum().backward()
+    assert z_clean.grad is None
+    assert z_masked.grad is None
+    assert p_clean.grad is not None
+    assert p_masked.grad is not None
