@@ -10,21 +10,20 @@ MAX_RAW_CHARS = 4096  # enough to see what was wrong; a broken line can be a gig
 
 
 class Quarantine:
-    """The quarantine of one build: a table ``quarantine(file, line, reason, raw)`` in its DuckDB connection.
+    """The quarantine of one build: a table ``quarantine(part, file, line, reason, raw)`` in its DuckDB connection.
 
-    ``line`` is the 1-based line or record number in ``file`` (0: the file itself), ``raw`` the record's beginning.
+    ``part`` names the Parquet that a row goes to (a raw table, or ``images``), ``line`` is the 1-based line or record number in ``file`` (0: the file itself), ``raw`` the record's beginning.
     """
 
     def __init__(self, con: "DuckDBPyConnection"):
         self.con = con
-        con.execute("create table quarantine (file varchar, line bigint, reason varchar, raw varchar)")
+        con.execute("create table quarantine (part varchar, file varchar, line bigint, reason varchar, raw varchar)")
 
-    def add(self, select: str, parameters: list[object] | None = None) -> int:
+    def add(self, part: str, select: str) -> int:
         """Add the rows (file, line, reason, raw) of a SELECT; returns how many."""
         before = self.total()
         self.con.execute(
-            f'insert into quarantine select file, line, reason, left("raw", {MAX_RAW_CHARS}) from ({select})',
-            parameters or [],
+            f"insert into quarantine select {literal(part)}, file, line, reason, left(raw, {MAX_RAW_CHARS}) from ({select})"
         )
         return self.total() - before
 
@@ -38,15 +37,13 @@ class Quarantine:
         return dict(rows.fetchall())
 
     def write(self, folder: Path) -> None:
-        """Write one Parquet per raw file into ``folder``; makes nothing where nothing was set aside."""
-        names = self.con.execute("select distinct file from quarantine order by 1").fetchall()
-        for (name,) in names:
+        """Write one Parquet per part into ``folder``; makes nothing where nothing was set aside."""
+        for (part,) in self.con.execute("select distinct part from quarantine order by 1").fetchall():
             folder.mkdir(parents=True, exist_ok=True)
-            target = folder / f"{name.replace('/', '__')}.parquet"
+            target = folder / f"{part.replace('/', '__')}.parquet"
             self.con.execute(
-                "copy (select * from quarantine where file = $1 order by line, reason, raw)"
-                f" to {literal(target)} (format parquet, compression zstd)",
-                [name],
+                f"copy (select file, line, reason, raw from quarantine where part = {literal(part)}"
+                f" order by all) to {literal(target)} (format parquet, compression zstd)"
             )
 
 

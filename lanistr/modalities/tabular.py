@@ -1,0 +1,289 @@
+"""Tabular rows: TabNet (Arik and Pfister 2021) from pytorch_tabnet's building blocks, masked feature modelling.
+
+Shape suffixes: N rows of one view, R numeric columns, C categorical columns, K = R + C columns, X features after
+embedding, S steps, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+from lanistr.manifest import ModalitySchema, Strict
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.ops.ghost_norm import GhostBatchNorm
+from lanistr.transforms import MEMBERS, MISSING_ID, CategoricalColumn, NumericColumn, TabularSpec, read_npy
+
+
+class TabularConfig(Strict):
+    """Size of TabNet and masking.
+
+    Attributes:
+        embedding_dim: per categorical column (3 as published).
+        width: n_d = n_a; also the width of a step's output token.
+        norm: ``batch`` = ghost batch norm; ``frozen`` = running statistics always (equality across batch layouts).
+        mask_ratio: share of columns masked per row.
+    """
+
+    embedding_dim: int = 3
+    width: int = 64
+    steps: int = Field(3, ge=1)
+    gamma: float = 1.3
+    n_independent: int = 2
+    n_shared: int = 2
+    virtual_batch: int = Field(128, ge=2)
+    momentum: float = 0.02
+    norm: Literal["batch", "frozen"] = "batch"
+    mask_ratio: float = Field(0.15, gt=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Standardised numbers (0 where missing), category ids, and which of the K cells are observed."""
+
+    numeric_R: np.ndarray
+    categories_C: np.ndarray
+    observed_K: np.ndarray
+
+
+@dataclass(frozen=True)
+class TabularInput:
+    """Present rows.
+
+    Attributes:
+        keep_NK: 0 where the masked view hides a column; None = one view.
+        weights_NK: weight of each cell in the loss, 0 where nothing is predicted.
+        batch_statistics: whether these rows may be normalised by their own statistics.
+    """
+
+    numeric_NR: Tensor
+    categories_NC: Tensor
+    keep_NK: Tensor | None
+    weights_NK: Tensor
+    batch_statistics: bool
+
+
+class TabularModality(Modality[Row, TabularInput]):
+    """Content: `Row`."""
+
+    kind = "tabular"
+    term = "mfm"
+    Config = TabularConfig
+
+    def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
+        super().__init__(name, config, schema)
+        self.config = self.parse_config(TabularConfig, config)
+        self.spec = TabularSpec.model_validate(schema.spec)
+        self.mean = np.array([c.mean for c in self.spec.numeric], dtype=np.float32)
+        self.std = np.array([c.std for c in self.spec.numeric], dtype=np.float32)
+        self.cardinality = np.array([c.cardinality for c in self.spec.categorical], dtype=np.int64)
+
+    @classmethod
+    def paper_schema(cls) -> ModalitySchema:
+        """Amazon's columns: product, reviewer, verified, year, votes, timestamp."""
+        spec = TabularSpec(
+            numeric=[NumericColumn(name=n, mean=0.0, std=1.0) for n in ("votes", "timestamp")],
+            categorical=[
+                CategoricalColumn(name="product", values=[], buckets=10000),
+                CategoricalColumn(name="reviewer", values=[], buckets=10000),
+                CategoricalColumn(name="verified", values=["false", "true"]),
+                CategoricalColumn(name="year", values=[str(y) for y in range(1999, 2019)]),
+            ],
+        )
+        return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=spec.model_dump())
+
+    def decode(self, members: Mapping[str, bytes]) -> Row:
+        """Standardise the numbers; a missing cell is 0 (the mean) or category 0."""
+        row_K = read_npy(members["tab.npy"]).astype(np.float32)
+        numeric, categories = len(self.mean), len(self.cardinality)
+        if row_K.shape != (numeric + categories,):
+            raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {numeric + categories} columns")
+        observed_K = np.isfinite(row_K)
+        numbers = np.where(observed_K[:numeric], (row_K[:numeric] - self.mean) / self.std, 0)
+        ids = np.where(observed_K[numeric:], row_K[numeric:], MISSING_ID).astype(np.int64)
+        if (ids < 0).any() or (ids >= self.cardinality).any():
+            raise ValueError(f"tab.npy: category ids {ids.tolist()}, cardinalities {self.cardinality.tolist()}")
+        return Row(numbers.astype(np.float32), ids, observed_K)
+
+    def dummy(self) -> Row:
+        """A row of means and missing categories."""
+        numeric, categories = len(self.mean), len(self.cardinality)
+        return Row(
+            np.zeros(numeric, dtype=np.float32),
+            np.full(categories, MISSING_ID, dtype=np.int64),
+            np.ones(numeric + categories, dtype=bool),
+        )
+
+    def corrupt(self, content: Row, rng: np.random.Generator) -> np.ndarray:
+        """(K,): Bernoulli over observed columns, whole columns; at least one."""
+        draws = rng.random(len(content.observed_K))
+        mask = (draws < self.config.mask_ratio) & content.observed_K
+        if not mask.any():
+            mask[np.where(content.observed_K, draws, 2).argmin()] = True
+        return mask
+
+    def collate(
+        self, contents: Sequence[Row], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
+    ) -> Collated[TabularInput]:
+        """Stack the rows."""
+        numeric = torch.from_numpy(np.stack([c.numeric_R for c in contents]))
+        categories = torch.from_numpy(np.stack([c.categories_C for c in contents]))
+        tokens = np.full(len(contents), self.config.steps)
+        # Statistics need two rows, all of them real.
+        batch_statistics = self.config.norm == "batch" and len(contents) > 1 and min(weights) > 0
+        if masks is None:
+            nothing = torch.zeros(0)
+            return Collated(TabularInput(numeric, categories, None, nothing, batch_statistics), tokens, 0.0)
+        mask_NK = np.stack(masks)
+        predicted_NK = mask_NK & np.stack([c.observed_K for c in contents])
+        weights_NK = predicted_NK * np.asarray(weights, dtype=np.float32)[:, None]
+        inputs = TabularInput(
+            numeric,
+            categories,
+            torch.from_numpy((~mask_NK).astype(np.float32)),
+            torch.from_numpy(weights_NK.astype(np.float32)),
+            batch_statistics,
+        )
+        return Collated(inputs, tokens, float((weights_NK > 0).sum()))
+
+    def build(self, width: int, attention: str) -> "TabularEncoder":
+        """TabNet, its projection and its decoder."""
+        return TabularEncoder(self.config, len(self.mean), self.cardinality.tolist(), width)
+
+
+class TabNet(nn.Module):
+    """TabNet's encoder with per-column attention: the blocks of `pytorch_tabnet`, without its sparsity loss."""
+
+    offsets_C: Tensor
+    column_of_X: Tensor
+    groups_KX: Tensor
+
+    def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int]):
+        super().__init__()
+        from pytorch_tabnet.tab_network import TabNetEncoder
+
+        self.gamma = config.gamma
+        self.width = config.width
+        self.embedding = nn.Embedding(max(1, sum(cardinality)), config.embedding_dim)
+        columns = [*range(numeric), *np.repeat(np.arange(len(cardinality)) + numeric, config.embedding_dim)]
+        groups_KX = torch.nn.functional.one_hot(torch.tensor(columns, device="cpu")).T.float()
+        offsets = np.concatenate([[0], np.cumsum(cardinality)])[:-1].astype(np.int64)
+        self.register_buffer("offsets_C", torch.from_numpy(offsets), persistent=False)
+        self.register_buffer("column_of_X", torch.tensor(columns), persistent=False)
+        self.register_buffer("groups_KX", groups_KX, persistent=False)
+        self.blocks: Any = TabNetEncoder(
+            input_dim=len(columns),
+            output_dim=1,
+            n_d=config.width,
+            n_a=config.width,
+            n_steps=config.steps,
+            gamma=config.gamma,
+            n_independent=config.n_independent,
+            n_shared=config.n_shared,
+            group_attention_matrix=groups_KX,
+        )
+        replace_norms(self.blocks, config)
+
+    def embed(self, inputs: TabularInput) -> Tensor:
+        """(N, X) float32."""
+        embedded = self.embedding(inputs.categories_NC + self.offsets_C).flatten(1)
+        return torch.cat([inputs.numeric_NR.to(embedded.dtype), embedded], dim=1)
+
+    def forward(self, x_NX: Tensor) -> Tensor:
+        """(N, S, D): ReLU outputs of every decision step."""
+        blocks = self.blocks
+        x_NX = blocks.initial_bn(x_NX)
+        groups_KX = self.groups_KX.to(x_NX.dtype)
+        prior_NK = x_NX.new_ones(len(x_NX), len(groups_KX))
+        attended = blocks.initial_splitter(x_NX)[:, self.width :]
+        steps = []
+        for transformer, attention in zip(blocks.feat_transformers, blocks.att_transformers, strict=True):
+            mask_NK = attention(prior_NK, attended)
+            prior_NK = (self.gamma - mask_NK) * prior_NK
+            out = transformer((mask_NK @ groups_KX) * x_NX)
+            steps.append(relu(out[:, : self.width]))
+            attended = out[:, self.width :]
+        return torch.stack(steps, dim=1)
+
+
+def replace_norms(module: nn.Module, config: TabularConfig) -> None:
+    """Put `GhostBatchNorm` in the place of every batch norm and GBN of pytorch_tabnet."""
+    from pytorch_tabnet.tab_network import GBN
+
+    for name, child in module.named_children():
+        if isinstance(child, GBN):
+            norm = GhostBatchNorm(child.input_dim, config.virtual_batch, config.momentum)
+            setattr(module, name, norm)
+        elif isinstance(child, nn.BatchNorm1d):
+            momentum = child.momentum or config.momentum
+            # TabNet's input norm is over the whole batch, not over virtual ones.
+            setattr(module, name, GhostBatchNorm(child.num_features, 1 << 30, momentum))
+        else:
+            replace_norms(child, config)
+
+
+def set_norms(module: nn.Module, batch_statistics: bool, update: bool) -> None:
+    """Switch the norms of a module before a pass."""
+    for child in module.modules():
+        if isinstance(child, GhostBatchNorm):
+            child.batch_statistics, child.update = batch_statistics, update
+
+
+class MFMHead(nn.Module):
+    """TabNet's decoder; its linear layer gives one number per numeric column and logits per categorical one."""
+
+    def __init__(self, config: TabularConfig, outputs: int):
+        super().__init__()
+        from pytorch_tabnet.tab_network import TabNetDecoder
+
+        self.decoder = TabNetDecoder(outputs, config.width, config.steps)
+        replace_norms(self.decoder, config)
+
+    def forward(self, hidden_NSD: Tensor) -> Tensor:
+        """(N, outputs), averaged over the steps (paper)."""
+        return self.decoder(list(hidden_NSD.unbind(1))) / hidden_NSD.shape[1]
+
+
+class TabularEncoder(ModalityEncoder[TabularInput]):
+    """TabNet; the clean and the masked view are two passes, each with its own batch statistics."""
+
+    def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int], width: int):
+        super().__init__()
+        self.numeric, self.cardinality, self.steps = numeric, cardinality, config.steps
+        self.encoder = TabNet(config, numeric, cardinality)
+        self.projection = nn.Linear(config.width, width)
+        self.head: MFMHead = MFMHead(config, numeric + sum(cardinality))
+
+    def encode(self, inputs: TabularInput) -> Tensor:
+        """(views * N * S, D): the step outputs of each row."""
+        tabnet = cast(TabNet, self.encoder)
+        x_NX = tabnet.embed(inputs)
+        set_norms(tabnet, inputs.batch_statistics, update=True)
+        views = [tabnet(x_NX)]
+        if inputs.keep_NK is not None:
+            keep_NX = inputs.keep_NK.to(x_NX.dtype).index_select(1, tabnet.column_of_X)
+            set_norms(tabnet, inputs.batch_statistics, update=False)
+            views.append(tabnet(x_NX * keep_NX))
+        return torch.cat(views).flatten(0, 1)
+
+    def reconstruct(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
+        """Squared error of numbers and cross-entropy of categories, summed over masked observed cells."""
+        rows = len(inputs.numeric_NR)
+        hidden_NSD = hidden.view(2, rows, self.steps, -1)[1]
+        set_norms(self.head, inputs.batch_statistics, update=True)  # the decoder has no clean view
+        out = self.head(hidden_NSD).float()
+        errors = (out[:, : self.numeric] - inputs.numeric_NR).square()
+        total = (errors * inputs.weights_NK[:, : self.numeric]).sum()
+        start = self.numeric
+        for column, cardinality in enumerate(self.cardinality):
+            losses = cross_entropy(
+                out[:, start : start + cardinality], inputs.categories_NC[:, column], reduction="none"
+            )
+            total = total + (losses * inputs.weights_NK[:, self.numeric + column]).sum()
+            start += cardinality
+        return total
