@@ -1,0 +1,86 @@
+"""The only importer of torch.distributed: what the toolkit needs of it, in terms of plain Python values."""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as a launcher left them; a lone process is rank 0 of 1."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world, local = (int(os.environ.get(n, d)) for n, d in zip(names, ("0", "1", "0"), strict=True))
+    return rank, world, local
+
+
+def complete_environment() -> None:
+    """Fill what a process that no launcher started lacks, so that it forms a world of one."""
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum over ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def merge_batch_norm(module: nn.Module) -> None:
+    """Average running statistics over ranks, weighted by the rows each rank has seen since the last merge.
+
+    DeepSpeed alone would keep rank 0's. A norm that no rank has updated stays as it is.
+    """
+    for norm in module.modules():
+        if not hasattr(norm, "rows_seen"):
+            continue
+        rows = norm.rows_seen.double()
+        features = norm.running_mean.numel()
+        mine = torch.cat([norm.running_mean.double() * rows, norm.running_var.double() * rows, rows[None]])
+        if dist.is_initialized():
+            dist.all_reduce(mine)
+        if mine[-1] > 0:
+            norm.running_mean.copy_(mine[:features] / mine[-1])
+            norm.running_var.copy_(mine[features:-1] / mine[-1])
+        norm.rows_seen.zero_()
