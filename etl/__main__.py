@@ -1,0 +1,79 @@
+"""Raw tables, text, images and series -> modality-tagged WebDataset shards."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for a user's mistake)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m etl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    synth = commands.add_parser("synth", help="write the raw files of the demo shop")
+    synth.add_argument("--out", type=Path, required=True)
+    synth.add_argument("--samples", type=int, default=6000)
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--missing", type=_rates, default={}, metavar="image=0.5,series=0.4,...")
+    synth.set_defaults(run=_synth)
+    build = commands.add_parser("build", help="raw files -> bronze, silver, gold")
+    build.add_argument("recipe", help="path, or name of a recipe in etl/recipes")
+    build.add_argument("--raw", type=Path, required=True, help="folder with the raw files; only read")
+    build.add_argument("--lake", type=Path, required=True, help="folder to build into")
+    build.add_argument("--refit", action="store_true", help="fit statistics and vocabularies anew")
+    build.add_argument("--workers", type=int, default=2, help="encoding processes (the bytes do not depend on it)")
+    build.set_defaults(run=_build)
+    verify = commands.add_parser("verify", help="re-read and re-hash everything")
+    verify.add_argument("gold", type=Path)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _rates(text: str) -> dict[str, float]:
+    """``image=0.5,series=0.4``."""
+    rates = {}
+    for part in text.split(","):
+        name, equals, rate = part.partition("=")
+        try:
+            rates[name.strip()] = float(rate)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{part!r}: write modality=rate, for example image=0.5")
+    return rates
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from etl.sources import synthetic
+
+    synthetic.generate(arguments.out, arguments.samples, arguments.seed, arguments.missing)
+    print(f"{arguments.out}: {arguments.samples} products", file=sys.stderr)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from etl import recipe
+    from etl.build import build
+
+    loaded = recipe.load(arguments.recipe)
+    if not arguments.raw.is_dir():
+        raise ValueError(f"--raw {arguments.raw}: no such folder")
+    print(build(loaded, arguments.raw, arguments.lake, refit=arguments.refit, workers=arguments.workers))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from etl.verify import verify
+
+    print("\n".join(verify(arguments.gold)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Statistics, vocabularies and the tokenizer, from the train split only, in one fixed order.
+
+A dataset keeps its first fit (``lake/fit/<name>/``) until ``--refit``; ``fit_from`` takes another dataset's.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etl.quarantine import column
+from etl.recipe import Recipe, TokenizerChoice
+from etl.sources.samples import Samples
+from lanistr.manifest import Manifest, Strict
+from lanistr.transforms import (
+    SPECS,
+    CategoricalColumn,
+    ImageSpec,
+    NumericColumn,
+    SeriesSpec,
+    TabularSpec,
+    load_tokenizer,
+    text_spec,
+)
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Specs per modality, and the tokenizer where there is text."""
+
+    specs: dict[str, Strict]
+    tokenizer: "Tokenizer | None"
+
+    def save(self, folder: Path) -> None:
+        """Write ``fit.json`` and ``tokenizer.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tree = {name: spec.model_dump() for name, spec in self.specs.items()}
+        if self.tokenizer:
+            (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / "fit.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+
+
+def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: Path, kept: Path | None) -> Fit:
+    """The fit of a build.
+
+    Args:
+        con: has ``samples`` with ``split``, and ``series``.
+        recipe: which modalities.
+        samples: columns of the source.
+        raw: raw folder, for a tokenizer by path.
+        kept: folder with the fit of an earlier build; None = fit anew.
+
+    Raises:
+        ValueError: an earlier fit or ``fit_from`` that does not match the recipe or its tokenizer.
+    """
+    if recipe.fit_from:
+        return _from_gold(Path(recipe.fit_from), recipe, samples, raw)
+    if kept and (kept / "fit.json").is_file():
+        fit = _load(kept, json.loads((kept / "fit.json").read_text(encoding="utf-8")))
+        _check(fit, recipe, samples, f"the fit kept in {kept}", "give --refit")
+        return fit
+    tokenizer = _tokenizer(con, recipe, raw)
+    makers: dict[str, Callable[[], Strict]] = {
+        "text": lambda: text_spec(_needed(tokenizer), recipe.text.max_tokens if recipe.text else 0),
+        "image": lambda: ImageSpec(**(recipe.image.model_dump() if recipe.image else {})),
+        "tabular": lambda: _fit_tabular(con, recipe, samples),
+        "timeseries": lambda: _fit_series(con, recipe),
+    }
+    return Fit({name: makers[name]() for name in recipe.modalities}, tokenizer)
+
+
+def _needed(tokenizer: "Tokenizer | None") -> "Tokenizer":
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _load(folder: Path, specs: dict[str, Any]) -> Fit:
+    path = folder / TOKENIZER
+    parsed = {name: SPECS[spec["kind"]].model_validate(spec) for name, spec in specs.items()}
+    return Fit(parsed, load_tokenizer(path) if path.is_file() else None)
+
+
+def _from_gold(gold: Path, recipe: Recipe, samples: Samples, raw: Path) -> Fit:
+    manifest = Manifest.load(gold)
+    fit = _load(gold, {name: schema.spec for name, schema in manifest.modalities.items()})
+    missing = [name for name in recipe.modalities if name not in fit.specs]
+    if missing:
+        raise ValueError(f"fit_from {gold}: that dataset has no {missing[0]}; it has {', '.join(fit.specs)}")
+    choice = recipe.text.tokenizer if recipe.text else None
+    if choice and choice.path and fit.tokenizer:
+        ours = load_tokenizer(raw / choice.path).to_str()
+        if hashlib.sha256(ours.encode()).digest() != hashlib.sha256(fit.tokenizer.to_str().encode()).digest():
+            raise ValueError(f"fit_from {gold}: its tokenizer differs from {choice.path}; leave out one of the two")
+    fit = Fit({name: fit.specs[name] for name in recipe.modalities}, fit.tokenizer)
+    _check(fit, recipe, samples, f"fit_from {gold}", "use the same columns")
+    return fit
+
+
+def _check(fit: Fit, recipe: Recipe, samples: Samples, whose: str, remedy: str) -> None:
+    if list(fit.specs) != recipe.modalities:
+        raise ValueError(f"{whose} has {', '.join(fit.specs)}; the recipe has {', '.join(recipe.modalities)}: {remedy}")
+    spec = fit.specs.get("tabular")
+    if isinstance(spec, TabularSpec):
+        theirs = [c.name for c in spec.numeric], [c.name for c in spec.categorical]
+        if theirs != (samples.numeric, samples.categorical):
+            raise ValueError(f"{whose} has columns {theirs}; the recipe {samples.numeric, samples.categorical}: {remedy}")
+
+
+def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokenizer | None":
+    if recipe.text is None:
+        return None
+    choice = recipe.text.tokenizer
+    if choice.train is None:
+        return _given_tokenizer(choice, raw)
+    from etl import wordpiece
+
+    rows = con.execute(
+        "select text from samples where split = 'train' and text is not null order by row_id"
+    ).fetchall()
+    limit = recipe.text.max_chars
+    return wordpiece.train((text[:limit] for (text,) in rows), choice.train)
+
+
+def _given_tokenizer(choice: TokenizerChoice, raw: Path) -> "Tokenizer":
+    if choice.path:
+        return load_tokenizer(raw / choice.path if not Path(choice.path).is_absolute() else choice.path)
+    from tokenizers import Tokenizer
+
+    assert choice.name
+    for file in (Path(choice.name), Path(choice.name) / TOKENIZER):
+        if file.is_file():
+            return load_tokenizer(file)
+    try:
+        return Tokenizer.from_pretrained(choice.name)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"tokenizer {choice.name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _round(value: float) -> float:
+    """Nine significant digits: float aggregates may differ in the last ones."""
+    return float(f"{value:.9g}")
+
+
+def _statistics(con: "DuckDBPyConnection", query: str) -> tuple[float, float]:
+    """Mean and standard deviation (1 for a constant) of an ordered single-column query."""
+    import numpy as np
+
+    values = con.execute(query).fetchnumpy()["v"].astype(np.float64)
+    if not len(values):
+        return 0.0, 1.0
+    deviation = float(values.std())
+    return _round(float(values.mean())), _round(deviation) if deviation > 1e-12 * max(1.0, abs(values).max()) else 1.0
+
+
+def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> TabularSpec:
+    assert recipe.tabular
+    numeric = []
+    for name in samples.numeric:
+        c = column(f"n:{name}")
+        mean, std = _statistics(
+            con, f"select {c} as v from samples where split = 'train' and {c} is not null order by row_id"
+        )
+        numeric.append(NumericColumn(name=name, mean=mean, std=std))
+    categorical = []
+    for name in samples.categorical:
+        c = column(f"c:{name}")
+        rows = con.execute(
+            f"select {c} from samples where split = 'train' and {c} is not null group by 1 order by count(*) desc, 1"
+        ).fetchall()
+        known = [value for (value,) in rows[: recipe.tabular.max_values]]
+        buckets = recipe.tabular.buckets if len(rows) > len(known) else 0
+        categorical.append(CategoricalColumn(name=name, values=known, buckets=buckets))
+    return TabularSpec(numeric=numeric, categorical=categorical)
+
+
+def _fit_series(con: "DuckDBPyConnection", recipe: Recipe) -> SeriesSpec:
+    assert recipe.timeseries
+    train = "row_id in (select row_id from samples where split = 'train')"
+    variables = recipe.timeseries.variables or [
+        row[0] for row in con.execute(f"select distinct variable from series where {train} order by 1").fetchall()
+    ]
+    if not variables:
+        raise ValueError("timeseries: no variable in the train split; is the series table empty?")
+    statistics = []
+    for name in variables:
+        value = "'" + name.replace("'", "''") + "'"
+        statistics.append(
+            _statistics(
+                con, f"select value as v from series where {train} and variable = {value} order by row_id, time"
+            )
+        )
+    return SeriesSpec(
+        variables=variables,
+        groups=[[i] for i in range(len(variables))],
+        mean=[mean for mean, _ in statistics],
+        std=[std for _, std in statistics],
+        max_steps=recipe.timeseries.max_steps,
+    )
