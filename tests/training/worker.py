@@ -1,0 +1,65 @@
+"""One rank of a test: runs a list of cases under DeepSpeed and writes what each step reported as JSON.
+
+``python worker.py CASES.json``; rank 0 writes ``out`` of each case.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.model.support import RECIPE, make_modalities, make_pretrain
+
+from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.reader import GoldDataset
+from lanistr.training import distributed
+from lanistr.training.engine import Engine, fill_config, start
+from lanistr.training.schedule import lr_at
+
+
+def config_of(case: dict[str, Any]) -> Any:
+    return RECIPE.pretrain.model_copy(
+        update={"global_batch": 8, "micro_batch": case.get("micro"), "lr": 1e-2, "clip": 0.5, "weight_decay": 0.1}
+    )
+
+
+def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
+    modalities = make_modalities()
+    config = config_of(case)
+    world = distributed.world_size()
+    loader = TrainLoader(
+        GoldDataset(case["gold"], "train", modalities),
+        Collator(modalities, views=2, seed=5),
+        global_batch=8,
+        micro_batch=config.micro_batch,
+        ranks=world,
+        rank=distributed.rank(),
+        seed=1,
+        grouping=case.get("grouping", "stratified"),
+    )
+    filled = fill_config(Path(case["ds"]), "tiny", config, world, on_gpu=False)
+    engine = Engine(make_pretrain(modalities), filled, device, config.weight_decay)
+    rows = []
+    for step, batches in enumerate(loader.steps(0, case["steps"])):
+        lr = lr_at(step, case["steps"], config.lr, config.warmup, config.final_lr)
+        result = engine.train_step(batches, lr)
+        absent = [[n for n in modalities if all(b.counts[modalities[n].term] == 0 for b in batches)]]
+        everyone = distributed.gather_objects(absent[0])
+        rows.append({"loss": result.loss, "terms": result.terms, "norm": result.grad_norm, "absent": everyone})
+    return rows
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    device = start(threads=1)
+    for case in cases:
+        rows = run_case(case, device)
+        if distributed.rank() == 0:
+            Path(case["out"]).write_text(json.dumps(rows))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
