@@ -23,7 +23,8 @@ def paired_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int
     Returns:
         ``{"ratio": {"median", "min", "max", "rounds"}, "ours_s": median, "theirs_s": median}``.
     """
-    ours(), theirs()  # warm-up
+    for warm_up in (ours, theirs):
+        warm_up()
     seconds: list[tuple[float, float]] = []
     for round_ in range(rounds):
         if round_ % 2:

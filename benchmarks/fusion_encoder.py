@@ -134,9 +134,7 @@ def _loss(out_TD: Tensor, inputs: Inputs) -> Tensor:
 
 def make_steps(case: Case, device: str) -> tuple[FusionEncoder, Inputs, dict[str, Callable[[], Tensor]]]:
     """The encoder, its inputs, and forward + backward of ours and of each comparator."""
-    config = FusionConfig(
-        width=case.width, layers=case.layers, heads=case.heads, intermediate=4 * case.width
-    )
+    config = FusionConfig(width=case.width, layers=case.layers, heads=case.heads, intermediate=4 * case.width)
     dtype = getattr(torch, case.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -133,7 +133,9 @@ def _write_silver(con: "DuckDBPyConnection", work: Path, files: dict[str, RawFil
 
 def _raw_samples(con: "DuckDBPyConnection", name: str, recipe: Recipe, samples: Samples, which: str) -> list[RawSample]:
     """The samples of one split, by key."""
-    tabular = [(c, column(f"{kind}:{c}")) for kind, cs in (("n", samples.numeric), ("c", samples.categorical)) for c in cs]
+    tabular = [
+        (c, column(f"{kind}:{c}")) for kind, cs in (("n", samples.numeric), ("c", samples.categorical)) for c in cs
+    ]
     columns = ["row_id", "grp", "label", "text", "image", "_file", "_row", *(sql for _, sql in tabular)]
     rows = con.execute(
         f"select {', '.join(columns)} from samples where split = {literal(which)} order by row_id"
@@ -182,7 +184,8 @@ def _write_gold(
         (gold / TOKENIZER).write_text(text, encoding="utf-8")
         tokenizer = Tokenizer(file=TOKENIZER, sha256=hashlib.sha256(text.encode()).hexdigest())
     schemas = {
-        name: ModalitySchema(kind=name, members=MEMBERS[name], spec=spec.model_dump()) for name, spec in fit.specs.items()
+        name: ModalitySchema(kind=name, members=MEMBERS[name], spec=spec.model_dump())
+        for name, spec in fit.specs.items()
     }
     max_chars = recipe.text.max_chars if recipe.text else None
     encoder = Encoder(fit.specs, raw, gold / TOKENIZER if tokenizer else None, max_chars)

@@ -111,7 +111,9 @@ def _check(fit: Fit, recipe: Recipe, samples: Samples, whose: str, remedy: str) 
     if isinstance(spec, TabularSpec):
         theirs = [c.name for c in spec.numeric], [c.name for c in spec.categorical]
         if theirs != (samples.numeric, samples.categorical):
-            raise ValueError(f"{whose} has columns {theirs}; the recipe {samples.numeric, samples.categorical}: {remedy}")
+            raise ValueError(
+                f"{whose} has columns {theirs}; the recipe {samples.numeric, samples.categorical}: {remedy}"
+            )
 
 
 def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokenizer | None":
@@ -122,9 +124,7 @@ def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokeniz
         return _given_tokenizer(choice, raw)
     from etl import wordpiece
 
-    rows = con.execute(
-        "select text from samples where split = 'train' and text is not null order by row_id"
-    ).fetchall()
+    rows = con.execute("select text from samples where split = 'train' and text is not null order by row_id").fetchall()
     limit = recipe.text.max_chars
     return wordpiece.train((text[:limit] for (text,) in rows), choice.train)
 
@@ -194,7 +194,8 @@ def _fit_series(con: "DuckDBPyConnection", recipe: Recipe) -> SeriesSpec:
         value = "'" + name.replace("'", "''") + "'"
         statistics.append(
             _statistics(
-                con, f"select value as v from series where {train} and variable = {value} order by row_id, time"
+                con,
+                f"select value as v from series where {train} and variable = {value} order by row_id, time",
             )
         )
     return SeriesSpec(

@@ -92,9 +92,17 @@ def load(
         ValueError: an unknown kind of file, or a missing column (names those that are there).
     """
     suffix = file.path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    readers = {"parquet": _parquet, "csv": _csv, "jsonl": _json_lines, "json": _json_lines, "ndjson": _json_lines}
+    readers = {
+        "parquet": _parquet,
+        "csv": _csv,
+        "jsonl": _json_lines,
+        "json": _json_lines,
+        "ndjson": _json_lines,
+    }
     if suffix not in readers:
-        raise ValueError(f"{file.path}: unknown kind of file .{suffix}; allowed are {', '.join(readers)}, csv and json also .gz")
+        raise ValueError(
+            f"{file.path}: unknown kind of file .{suffix}; allowed are {', '.join(readers)}, csv and json also .gz"
+        )
     there = readers[suffix](con, quarantine, file)
     missing = [name for name in columns if name not in there]
     if missing:
@@ -103,9 +111,7 @@ def load(
         f"nullif({there[name]}, '') as {column(name)}" if name in there else f"cast(null as varchar) as {column(name)}"
         for name in [*columns, *optional]
     ]
-    con.execute(
-        f"create table {table} as select {', '.join(picked)}, {literal(file.name)} as _file, _row from good"
-    )
+    con.execute(f"create table {table} as select {', '.join(picked)}, {literal(file.name)} as _file, _row from good")
     con.execute("drop table good")
     return con.execute(f"select count(*) from {table}").fetchall()[0][0]
 
@@ -114,7 +120,9 @@ def _parquet(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile) -
     import duckdb
 
     try:
-        con.execute(f"create table good as select *, row_number() over () as _row from read_parquet({literal(file.path)})")
+        con.execute(
+            f"create table good as select *, row_number() over () as _row from read_parquet({literal(file.path)})"
+        )
     except duckdb.Error as error:
         raise ValueError(f"{file.path}: not readable as parquet: {_first_line(error)}") from None
     return _as_text(con)
@@ -153,22 +161,25 @@ def _json_lines(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile
         "columns = {'line': 'VARCHAR'}, delim = chr(1), quote = '', escape = '', header = false, auto_detect = false, "
         f"strict_mode = false, null_padding = false, max_line_size = {MAX_LINE})"
     )
-    valid = "json_valid(line) and json_type(line) = 'OBJECT'"
+    is_object = "case when json_valid(line) then json_type(line) = 'OBJECT' else false end"
     quarantine.add(
         file.name,
         f"select {literal(file.name)} as file, _row as line, 'not a JSON object' as reason, line as raw from lines "
-        f"where line is not null and trim(line) <> '' and not coalesce(case when json_valid(line) then json_type(line) = 'OBJECT' end, false)",
+        f"where trim(line) <> '' and not {is_object}",
     )
-    con.execute(
-        f"create table good as select line::json as line, _row from lines where case when json_valid(line) then {valid} else false end"
-    )
+    con.execute(f"create table good as select line::json as line, _row from lines where {is_object}")
     con.execute("drop table lines")
     keys = con.execute("select distinct unnest(json_keys(line)) from good").fetchall()
     return {key: f"(line ->> {literal('$.' + json.dumps(key))})" for (key,) in keys}
 
 
 def cast_number(
-    con: "DuckDBPyConnection", quarantine: Quarantine, part: str, table: str, name: str, expression: str | None = None
+    con: "DuckDBPyConnection",
+    quarantine: Quarantine,
+    part: str,
+    table: str,
+    name: str,
+    expression: str | None = None,
 ) -> str:
     """SQL for a text column as a finite double; a value that is not a number is set aside and becomes a missing cell."""
     text = expression or column(name)

@@ -12,7 +12,8 @@ MAX_RAW_CHARS = 4096  # enough to see what was wrong; a broken line can be a gig
 class Quarantine:
     """The quarantine of one build: a table ``quarantine(part, file, line, reason, raw)`` in its DuckDB connection.
 
-    ``part`` names the Parquet that a row goes to (a raw table, or ``images``), ``line`` is the 1-based line or record number in ``file`` (0: the file itself), ``raw`` the record's beginning.
+    ``part`` names the Parquet that a row goes to (a raw table, or ``images``), ``line`` is the 1-based line or record
+    number in ``file`` (0: the file itself), ``raw`` the record's beginning.
     """
 
     def __init__(self, con: "DuckDBPyConnection"):

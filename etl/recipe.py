@@ -83,7 +83,7 @@ class AmazonSource(Strict):
     reviews: str
     metadata: str | None = None
     images: str | None = None
-    text_chars: int = Field(512, ge=1)
+    text_chars: int = Field(default=512, ge=1)
     title: bool = False
     brand: bool = False
     price: bool = False
@@ -101,7 +101,7 @@ class TokenizerChoice(Strict):
 
     path: str | None = None
     name: str | None = None
-    train: int | None = Field(None, ge=100, le=1 << 20)
+    train: int | None = Field(default=None, ge=100, le=1 << 20)
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizerChoice":
@@ -115,15 +115,15 @@ class TextRecipe(Strict):
     """How to tokenise. ``max_chars`` cuts before, ``max_tokens`` (special tokens included) after tokenising."""
 
     tokenizer: TokenizerChoice
-    max_tokens: int = Field(512, ge=3)
-    max_chars: int | None = Field(None, ge=1)
+    max_tokens: int = Field(default=512, ge=3)
+    max_chars: int | None = Field(default=None, ge=1)
 
 
 class ImageRecipe(Strict):
     """Shorter side in pixels at most ``size``; JPEG quality 1-95."""
 
-    size: int = Field(224, ge=8)
-    quality: int = Field(90, ge=1, le=95)
+    size: int = Field(default=224, ge=8)
+    quality: int = Field(default=90, ge=1, le=95)
 
 
 class TabularRecipe(Strict):
@@ -137,8 +137,8 @@ class TabularRecipe(Strict):
 
     numeric: list[str] | None = None
     categorical: list[str] | None = None
-    max_values: int = Field(10_000, ge=1)
-    buckets: int = Field(1_000, ge=1)
+    max_values: int = Field(default=10_000, ge=1)
+    buckets: int = Field(default=1_000, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> "TabularRecipe":
@@ -159,17 +159,17 @@ class SeriesRecipe(Strict):
         max_steps: the last so many steps are kept.
     """
 
-    variables: list[str] | None = Field(None, min_length=1)
-    max_steps: int = Field(512, ge=1)
+    variables: list[str] | None = Field(default=None, min_length=1)
+    max_steps: int = Field(default=512, ge=1)
 
 
 class Split(Strict):
     """Shares of the groups (not of the samples) per split; ``salt`` draws another split."""
 
     salt: str = "lanistr"
-    train: float = Field(0.8, gt=0, le=1)
-    val: float = Field(0.1, ge=0, lt=1)
-    test: float = Field(0.1, ge=0, lt=1)
+    train: float = Field(default=0.8, gt=0, le=1)
+    val: float = Field(default=0.1, ge=0, lt=1)
+    test: float = Field(default=0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _sum(self) -> "Split":
@@ -197,7 +197,7 @@ class Recipe(Strict):
     image: ImageRecipe | None = None
     tabular: TabularRecipe | None = None
     timeseries: SeriesRecipe | None = None
-    shard_size: int = Field(10_000, ge=1)
+    shard_size: int = Field(default=10_000, ge=1)
     fit_from: str | None = None
 
     @property
@@ -225,9 +225,9 @@ class Recipe(Strict):
         field = {"text": "text", "image": "image", "timeseries": "series"}.get(modality)
         if field and getattr(source, field) is None:
             raise ValueError(f"the block {modality} needs source.{field}")
-        if modality == "tabular" and self.tabular:
-            if self.tabular.numeric is None and self.tabular.categorical is None:
-                raise ValueError("tabular needs numeric or categorical columns for a table source")
+        columns = self.tabular and (self.tabular.numeric or self.tabular.categorical)
+        if modality == "tabular" and not columns:
+            raise ValueError("tabular needs numeric or categorical columns for a table source")
 
 
 def load(given: str | Path) -> Recipe:

@@ -103,7 +103,10 @@ class Encoder:
             lengths[name] = _length(members)
         present = [name for name, members in found.items() if members]
         header = {"label": raw.label, "group": raw.group_hash, "modalities": present}
-        members = {"json": json.dumps(header).encode(), **{m: b for f in found.values() for m, b in f.items()}}
+        members = {
+            "json": json.dumps(header).encode(),
+            **{m: b for f in found.values() for m, b in f.items()},
+        }
         return EncodedSample(raw, members, lengths, bad_image)
 
     def encode_many(self, raws: Sequence[RawSample]) -> list[EncodedSample]:

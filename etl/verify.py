@@ -86,7 +86,9 @@ def _verify_shard(gold: Path, shard: Shard, manifest: Manifest) -> list[dict[str
         raise ValueError(f"{gold / shard.path}: member {wrong} and the index disagree")
     for row in rows:
         mask = sum(
-            manifest.bit(name) for name, s in manifest.modalities.items() if all(row[f"offset/{m}"] >= 0 for m in s.members)
+            manifest.bit(name)
+            for name, s in manifest.modalities.items()
+            if all(row[f"offset/{m}"] >= 0 for m in s.members)
         )
         if mask != row["presence"]:
             raise ValueError(f"{gold / shard.index}: presence of {row['key']} and its members disagree")

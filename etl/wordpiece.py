@@ -4,6 +4,7 @@ The trainer of the `tokenizers` library breaks ties by hash order: two runs give
 go by count, then by spelling. Tokenising itself is the library's.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -44,15 +45,13 @@ def _pieces(words: Counter[str], size: int) -> list[str]:
             letters[letter] += count
     alphabet = {letter for letter, _ in sorted(letters.items(), key=lambda x: (-x[1], x[0]))[:MAX_ALPHABET]}
     spelled = {
-        word: [word[0], *(f"##{letter}" for letter in word[1:])]
-        for word in sorted(words)
-        if set(word) <= alphabet
+        word: [word[0], *(f"##{letter}" for letter in word[1:])] for word in sorted(words) if set(word) <= alphabet
     }
     pieces = sorted({piece for spelling in spelled.values() for piece in spelling})[:size]
     pairs: Counter[tuple[str, str]] = Counter()
     where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for word, spelling in spelled.items():
-        for pair in zip(spelling[:-1], spelling[1:], strict=True):
+        for pair in itertools.pairwise(spelling):
             pairs[pair] += words[word]
             where[pair].add(word)
     while len(pieces) < size and pairs:
@@ -85,13 +84,13 @@ def _merge(
             new[-1] = merged
         else:
             new.append(piece)
-    for pair in zip(old[:-1], old[1:], strict=True):
+    for pair in itertools.pairwise(old):
         pairs[pair] -= count
         if pairs[pair] <= 0:
             del pairs[pair]
         if pair != best:
             where[pair].discard(word)
-    for pair in zip(new[:-1], new[1:], strict=True):
+    for pair in itertools.pairwise(new):
         pairs[pair] += count
         where[pair].add(word)
     spelled[word] = new

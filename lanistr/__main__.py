@@ -34,8 +34,8 @@ def _describe(arguments: argparse.Namespace) -> str:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from lanistr.manifest import Manifest
     from lanistr.describe import describe
+    from lanistr.manifest import Manifest
 
     manifest = Manifest.load(arguments.data) if arguments.data else None
     return describe(recipe, load_recipe("official"), manifest)

@@ -7,9 +7,10 @@ once, so that the forward pass never asks the device a question.
 Shape suffixes: B samples, S sequences, T packed rows (tokens or steps), L bucket length, N rows of a modality.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -124,22 +125,26 @@ class Batch:
 
 def to_device(tree: T, device: torch.device | str) -> T:
     """Copy every tensor in nested dataclasses, dicts and tuples to ``device``."""
+    return cast(T, _to_device(tree, device))
+
+
+def _to_device(tree: Any, device: torch.device | str) -> Any:
     if isinstance(tree, Tensor):
-        return tree.to(device, non_blocking=True)  # type: ignore[return-value]
+        return tree.to(device, non_blocking=True)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_to_device(v, device) for v in tree)
     if isinstance(tree, dict):
-        return {k: to_device(v, device) for k, v in tree.items()}  # type: ignore[return-value]
-    if isinstance(tree, tuple):
-        return tuple(to_device(v, device) for v in tree)  # type: ignore[return-value]
+        return {k: _to_device(v, device) for k, v in tree.items()}
     if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(tree, **{f.name: to_device(getattr(tree, f.name), device) for f in fields(tree)})
+        return replace(tree, **{f.name: _to_device(getattr(tree, f.name), device) for f in fields(tree)})
     return tree
 
 
-def make_layout(lengths: Sequence[int]) -> Layout:
+def make_layout(lengths: Sequence[int] | np.ndarray) -> Layout:
     """The layout of packed sequences with these lengths (each at least 1)."""
     lengths_S = np.asarray(lengths, dtype=np.int64)
     assert lengths_S.ndim == 1, lengths_S.shape
-    assert len(lengths_S) > 0 and lengths_S.min() > 0, "a packed sequence has at least one row"
+    assert lengths_S.min(initial=0 if not len(lengths_S) else 1) > 0, "a packed sequence has at least one row"
     starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
     positions_T = np.arange(starts_S[-1]) - np.repeat(starts_S[:-1], lengths_S)
     buckets, order = [], []
@@ -166,7 +171,7 @@ def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
     while len(cuts) < MAX_BUCKETS - 1:
         best, best_saving = None, 0
         edges = [0, *sorted(cuts), len(ordered)]
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in itertools.pairwise(edges):
             inner = np.arange(low + 1, high)
             if not len(inner):
                 continue
@@ -178,12 +183,10 @@ def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
             break
         cuts.append(best)
     edges = [0, *sorted(cuts), len(ordered)]
-    return [order[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [order[low:high] for low, high in itertools.pairwise(edges)]
 
 
-def _make_bucket(
-    members: np.ndarray, lengths_S: np.ndarray, starts_S: np.ndarray
-) -> tuple[Bucket, np.ndarray]:
+def _make_bucket(members: np.ndarray, lengths_S: np.ndarray, starts_S: np.ndarray) -> tuple[Bucket, np.ndarray]:
     longest = int(lengths_S[members].max())
     slots_L = np.arange(longest)
     keep_SL = slots_L < lengths_S[members, None]

@@ -4,6 +4,7 @@ The recipe owns the data, model, objectives, batch, precision and schedule; ``ds
 sharded. The blocks under ``model.modalities`` belong to the modalities (their ``Config``) and are validated there.
 """
 
+import contextlib
 import difflib
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +27,7 @@ class DataConfig(Strict):
     """
 
     path: str | None = None
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     grouping: Literal["mixed", "stratified"] = "stratified"
     crc: bool = True
 
@@ -94,22 +95,22 @@ class OptimizerConfig(Strict):
         keep: checkpoints kept.
     """
 
-    global_batch: int = Field(128, ge=1)
-    micro_batch: int | None = Field(None, ge=1)
-    lr: float = Field(1e-4, gt=0)
-    final_lr: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = Field(0.02, ge=0)
+    global_batch: int = Field(default=128, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    warmup: float = Field(0.05, ge=0, lt=1)
-    clip: float = Field(4.0, gt=0)
-    epochs: int = Field(20, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    clip: float = Field(default=4.0, gt=0)
+    epochs: int = Field(default=20, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
-    save_every: int = Field(500, ge=1)
-    log_every: int = Field(10, ge=1)
-    keep: int = Field(2, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class FinetuneConfig(OptimizerConfig):
@@ -127,7 +128,7 @@ class FinetuneConfig(OptimizerConfig):
     hidden: int = 256
     dropout: float = 0.0
     patience: int | None = None
-    eval_every: int = Field(1, ge=1)
+    eval_every: int = Field(default=1, ge=1)
 
 
 class Recipe(Strict):
@@ -178,10 +179,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"override {override!r}: {parent!r} is a value, not a block")
     parsed = yaml.safe_load(value)
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     node[last] = parsed
 
 

@@ -71,9 +71,7 @@ def describe(recipe: Recipe, official: Recipe, manifest: Manifest | None = None)
     for part in [*published, *(p for p in ours if p not in published)]:
         a, b = published.get(part, 0), ours.get(part, 0)
         lines.append(f"  {part:<28}{a:>14,}{b:>14,}{b - a:>+14,}")
-    lines.append(
-        f"  {'total':<28}{total:>14,}{sum(ours.values()):>14,}{sum(ours.values()) - total:>+14,}"
-    )
+    lines.append(f"  {'total':<28}{total:>14,}{sum(ours.values()):>14,}{sum(ours.values()) - total:>+14,}")
     lines += ["", *_explain(recipe, official)]
     return "\n".join(lines)
 

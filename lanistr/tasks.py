@@ -114,9 +114,7 @@ class Finetune(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Total cross-entropy over labelled samples of weight > 0."""
         labelled_B = (batch.labels_B >= 0).float() * batch.weights_B
-        losses_B = nn.functional.cross_entropy(
-            self.logits(batch), batch.labels_B.clamp(min=0), reduction="none"
-        )
+        losses_B = nn.functional.cross_entropy(self.logits(batch), batch.labels_B.clamp(min=0), reduction="none")
         return {"cls": (losses_B * labelled_B).sum()}
 
     @torch.no_grad()

@@ -184,8 +184,8 @@ def encode_image(data: bytes, spec: ImageSpec) -> dict[str, bytes]:
         raise ValueError(f"not a readable image: {error}") from None
     short = min(image.size)
     if short > spec.size:
-        size = tuple(max(spec.size, round(side * spec.size / short)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        width, height = (max(spec.size, round(side * spec.size / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=spec.quality)
     return {"jpg": buffer.getvalue()}

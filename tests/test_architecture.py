@@ -9,7 +9,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Later rooms may import earlier ones, never the other way round.
-LAYERS = ["manifest", "config", "transforms", "batch", "ops", "modalities", "data", "model", "losses", "tasks", "training", "evaluation"]
+LAYERS = [
+    "manifest",
+    "config",
+    "transforms",
+    "batch",
+    "ops",
+    "modalities",
+    "data",
+    "model",
+    "losses",
+    "tasks",
+    "training",
+    "evaluation",
+]
 
 
 def imports(path: Path) -> set[str]:

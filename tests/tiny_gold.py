@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tests.model.support import SCHEMAS, random_members
 
 from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, index_columns, sample_key
 from lanistr.transforms import MEMBERS
+from tests.model.support import SCHEMAS, random_members
 
 CLASSES = ["low", "middle", "high"]
 
 
 def write_gold(
-    folder: Path, n: dict[str, int], present: Callable[[int], Sequence[str]], seed: int = 0, per_shard: int = 16
+    folder: Path,
+    n: dict[str, int],
+    present: Callable[[int], Sequence[str]],
+    seed: int = 0,
+    per_shard: int = 16,
 ) -> Path:
     """Write ``n[split]`` samples per split; sample ``i`` has the modalities ``present(i)``."""
     schemas = {
@@ -66,7 +70,13 @@ def _write_shard(
             row = {column: -1 if column.startswith("offset") else 0 for column, _ in index_columns(schemas)}
             mask = sum(1 << bit for bit, name in enumerate(schemas) if name in names)
             row |= {"key": sample_key("tiny", split, str(i)), "group_hash": str(i), "presence": mask}
-            row |= {"label": i % len(CLASSES), "cost": 1.0 + len(names), "source_file": "", "source_row": i, "tab": []}
+            row |= {
+                "label": i % len(CLASSES),
+                "cost": 1.0 + len(names),
+                "source_file": "",
+                "source_row": i,
+                "tab": [],
+            }
             for member, data in files.items():
                 info = tarfile.TarInfo(f"{row['key']}.{member}")
                 info.size = len(data)

@@ -92,23 +92,25 @@ def _select(con: "DuckDBPyConnection", quarantine: Quarantine, source: AmazonSou
     review = f"left(trim(concat_ws(' ', summary, \"reviewText\")), {source.text_chars})"
     text = f"concat_ws(' ', title, {review})" if source.title else review
     group = column("reviewerID") if source.group == "reviewer" else "reviews.asin"
-    image = f"{literal(source.images.rstrip('/') + '/')} || reviews.asin || '.jpg'" if source.images else "null::varchar"
+    image = (
+        f"{literal(source.images.rstrip('/') + '/')} || reviews.asin || '.jpg'" if source.images else "null::varchar"
+    )
     price = "try_cast(replace(replace(price, '$', ''), ',', '') as double)"
     # A product's repeated reviews by one reviewer differ in text only: the row number keeps ids apart.
     con.execute(
         f"""create table samples as select
             concat_ws('|', "reviewerID", reviews.asin, "unixReviewTime", _row) as row_id,
             coalesce({group}, _row::varchar) as grp,
-            case when {number['overall']} in (1, 2, 3, 4, 5) then cast(cast({number['overall']} as integer) as varchar) end as label,
+            case when {number["overall"]} in (1, 2, 3, 4, 5) then cast(cast({number["overall"]} as integer) as varchar) end as label,
             nullif({text}, '') as text,
             {image} as image,
-            coalesce({number['vote']}, 0) as "n:votes",
-            {number['unixReviewTime']} as "n:timestamp",
+            coalesce({number["vote"]}, 0) as "n:votes",
+            {number["unixReviewTime"]} as "n:timestamp",
             {price} as "n:price",
             reviews.asin as "c:product",
             "reviewerID" as "c:reviewer",
             lower(verified) as "c:verified",
-            cast(year(to_timestamp({number['unixReviewTime']}) at time zone 'UTC') as varchar) as "c:year",
+            cast(year(to_timestamp({number["unixReviewTime"]}) at time zone 'UTC') as varchar) as "c:year",
             brand as "c:brand",
             _file, _row
         from reviews left join products on reviews.asin = products.asin"""

@@ -24,7 +24,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -173,12 +172,12 @@ def _product_id(seed: int, i: int) -> str:
     return "P" + hashlib.sha256(f"{seed}:{i}".encode()).hexdigest()[:10]
 
 
-def _rng(*key: int) -> np.random.Generator:
+def _rng(*key: int | np.integer) -> np.random.Generator:
     return np.random.default_rng([int(k) for k in key])
 
 
-def _gzip(path: Path) -> IO[bytes]:
-    return gzip.GzipFile(filename="", mode="wb", fileobj=open(path, "wb"), mtime=0)  # noqa: SIM115
+def _gzip(path: Path) -> gzip.GzipFile:
+    return gzip.GzipFile(filename="", mode="wb", fileobj=open(path, "wb"), mtime=0)
 
 
 def _sales_lines(product: str, pattern: int, rng: np.random.Generator) -> Iterator[bytes]:

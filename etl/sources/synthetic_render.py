@@ -8,11 +8,55 @@ from PIL import Image, ImageDraw, ImageFilter
 
 # Factor "text": what the product is for. Synonyms of a group occur together, so that they can be learnt unlabelled.
 TOPICS = (
-    ("garden", "soil", "seedlings", "terrace", "hedge", "lawn", "flowerbed", "orchard", "compost", "greenhouse"),
+    (
+        "garden",
+        "soil",
+        "seedlings",
+        "terrace",
+        "hedge",
+        "lawn",
+        "flowerbed",
+        "orchard",
+        "compost",
+        "greenhouse",
+    ),
     ("kitchen", "oven", "recipes", "dough", "saucepan", "pantry", "supper", "chef", "baking", "cutlery"),
-    ("office", "desk", "meetings", "paperwork", "colleagues", "stapler", "printer", "ledger", "deadline", "folders"),
-    ("camping", "tent", "campfire", "trail", "backpack", "summit", "lantern", "hiking", "wilderness", "forest"),
-    ("nursery", "toddler", "crib", "bedtime", "playroom", "cuddles", "lullaby", "stroller", "bottle", "naptime"),
+    (
+        "office",
+        "desk",
+        "meetings",
+        "paperwork",
+        "colleagues",
+        "stapler",
+        "printer",
+        "ledger",
+        "deadline",
+        "folders",
+    ),
+    (
+        "camping",
+        "tent",
+        "campfire",
+        "trail",
+        "backpack",
+        "summit",
+        "lantern",
+        "hiking",
+        "wilderness",
+        "forest",
+    ),
+    (
+        "nursery",
+        "toddler",
+        "crib",
+        "bedtime",
+        "playroom",
+        "cuddles",
+        "lullaby",
+        "stroller",
+        "bottle",
+        "naptime",
+    ),
 )
 # Factor "mood": half of the interaction; says nothing alone.
 MOODS = (
@@ -47,7 +91,13 @@ NEUTRAL_SENTENCES = (
     "Spare parts are available on request.",
 )
 OPENINGS = ("This item", "Our latest product", "The piece you see here", "This find", "An old favourite")
-VERBS = ("is back in stock", "has arrived", "ships today", "needs no introduction", "is offered at a fair price")
+VERBS = (
+    "is back in stock",
+    "has arrived",
+    "ships today",
+    "needs no introduction",
+    "is offered at a fair price",
+)
 
 HUES = (0.0, 0.15, 0.36, 0.58, 0.80)  # factor "image": the hue of the main object; bands are disjoint
 HUE_JITTER = 0.045
@@ -60,7 +110,10 @@ def description(topic: int, mood: int, rng: np.random.Generator) -> str:
     """10 to 60 words of English that mention two to four words of a topic and one to four of a mood."""
     topics = list(rng.permutation(TOPICS[topic]))
     moods = list(rng.permutation(MOODS[mood]))
-    sentences = [str(rng.choice(TOPIC_SENTENCES)).format(*topics), str(rng.choice(MOOD_SENTENCES)).format(*moods)]
+    sentences = [
+        str(rng.choice(TOPIC_SENTENCES)).format(*topics),
+        str(rng.choice(MOOD_SENTENCES)).format(*moods),
+    ]
     if rng.random() < 0.5:
         sentences.append(str(rng.choice(MOOD_SENTENCES)).format(*moods[2:]))
     sentences += list(rng.choice(NEUTRAL_SENTENCES, size=int(rng.integers(0, 3)), replace=False))
@@ -75,7 +128,7 @@ def photo(colour: int, rng: np.random.Generator) -> bytes:
     image = Image.new("RGB", (side, side), (grey, grey, grey))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(2, 7))):  # grey clutter
-        x, y, size = rng.integers(0, side, 2).tolist() + [int(rng.integers(4, 16))]
+        x, y, size = [*rng.integers(0, side, 2).tolist(), int(rng.integers(4, 16))]
         tone = int(rng.integers(30, 230))
         draw.rectangle((x, y, x + size, y + size), fill=(tone, tone, tone))
     hue = (HUES[colour] + rng.uniform(-HUE_JITTER, HUE_JITTER)) % 1

@@ -42,7 +42,10 @@ def read(
     if source.text and source.text.table and recipe.text:
         counts |= _join_text(con, quarantine, files, source)
     counts |= _read_series(con, quarantine, files, recipe)
-    labels = [row[0] for row in con.execute("select distinct label from samples where label is not null order by 1").fetchall()]
+    labels = [
+        row[0]
+        for row in con.execute("select distinct label from samples where label is not null order by 1").fetchall()
+    ]
     return Samples(numeric, categorical, labels, source.group or source.id, counts)
 
 
@@ -50,10 +53,13 @@ def _unique_ids(con: "DuckDBPyConnection", quarantine: Quarantine, source: Table
     """Rows without an id, and later rows of an id that was there before, are set aside."""
     key = column(source.id)
     quarantine.add(
-        source.main, f"select _file as file, _row as line, 'no id' as reason, null as raw from main where {key} is null"
+        source.main,
+        f"select _file as file, _row as line, 'no id' as reason, null as raw from main where {key} is null",
     )
     con.execute(f"delete from main where {key} is null")
-    later = f"select _file, _row, {key} as id from main qualify row_number() over (partition by {key} order by _row) > 1"
+    later = (
+        f"select _file, _row, {key} as id from main qualify row_number() over (partition by {key} order by _row) > 1"
+    )
     n = quarantine.add(
         source.main, f"select _file as file, _row as line, 'duplicate id' as reason, id as raw from ({later})"
     )
@@ -74,7 +80,9 @@ def _columns(
         text = f"nullif(trim(concat_ws(' ', {', '.join(map(column, source.text.columns))})), '')"
     return [
         f"{column(source.id)} as row_id",
-        f"coalesce({column(source.group)}, {column(source.id)}) as grp" if source.group else f"{column(source.id)} as grp",
+        f"coalesce({column(source.group)}, {column(source.id)}) as grp"
+        if source.group
+        else f"{column(source.id)} as grp",
         f"{column(source.label)} as label" if source.label else "null::varchar as label",
         f"{text} as text",
         f"{_template(source.image)} as image" if source.image and recipe.image else "null::varchar as image",
@@ -100,12 +108,11 @@ def _join_text(
     name, key = source.text.table, source.text.id or source.id
     n = load(con, quarantine, files[name], "texts", [key, *source.text.columns])
     text = f"nullif(trim(concat_ws(' ', {', '.join(map(column, source.text.columns))})), '')"
-    con.execute(
-        f"create table side as select {column(key)} as row_id, {text} as text, _file, _row from texts"
-    )
+    con.execute(f"create table side as select {column(key)} as row_id, {text} as text, _file, _row from texts")
     known = "row_id in (select row_id from samples)"
     quarantine.add(
-        name, f"select _file as file, _row as line, 'unknown id' as reason, row_id as raw from side where not coalesce({known}, false)"
+        name,
+        f"select _file as file, _row as line, 'unknown id' as reason, row_id as raw from side where not coalesce({known}, false)",
     )
     later = f"select * from side where {known} qualify row_number() over (partition by row_id order by _row) > 1"
     quarantine.add(name, f"select _file as file, _row as line, 'duplicate id' as reason, row_id as raw from ({later})")
@@ -139,7 +146,8 @@ def _read_series(
     }
     for reason, condition in bad.items():
         quarantine.add(
-            s.table, f"select _file as file, _row as line, {literal(reason)} as reason, row_id as raw from points where {condition}"
+            s.table,
+            f"select _file as file, _row as line, {literal(reason)} as reason, row_id as raw from points where {condition}",
         )
         con.execute(f"delete from points where {condition}")
     con.execute(

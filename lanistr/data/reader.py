@@ -49,9 +49,7 @@ class GoldDataset:
         ValueError: no manifest, a missing shard or index, an empty split.
     """
 
-    def __init__(
-        self, path: str | Path, split: str, modalities: Mapping[str, Modality[Any, Any]], crc: bool = True
-    ):
+    def __init__(self, path: str | Path, split: str, modalities: Mapping[str, Modality[Any, Any]], crc: bool = True):
         self.path, self.split, self.crc = Path(path), split, crc
         self.manifest = Manifest.load(path)
         self.modalities = dict(modalities)
@@ -104,9 +102,7 @@ class GoldDataset:
         return Sample(self.keys[position], presence, label, contents)
 
     def _member(self, position: int, member: str) -> bytes:
-        offset, size, crc = (
-            int(self._places[f"{field}/{member}"][position]) for field in ("offset", "size", "crc32")
-        )
+        offset, size, crc = (int(self._places[f"{field}/{member}"][position]) for field in ("offset", "size", "crc32"))
         data = os.pread(self._open(int(self._shard[position])), size, offset)
         if len(data) != size:
             raise CorruptSample(f"{self._where(position)}.{member}: {len(data)} bytes of {size}; truncated shard?")

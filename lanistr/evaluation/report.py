@@ -61,7 +61,12 @@ def write_report(pretrain: Path, finetuned: Sequence[Path], truth: Path | None, 
         parts.append(f"| {TERMS[term]} | {first:.4f} | {last:.4f} | {'fell' if last < first else 'did not fall'} |")
     parts += ["", "## Fine-tuned models on the test split", "", *_results_table(finetuned)]
     if truth:
-        parts += ["", "## What is reachable", "", *_bayes_table(json.loads(truth.read_text(encoding="utf-8")), finetuned)]
+        parts += [
+            "",
+            "## What is reachable",
+            "",
+            *_bayes_table(json.loads(truth.read_text(encoding="utf-8")), finetuned),
+        ]
     text = "\n".join(parts) + "\n"
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -77,7 +82,10 @@ def _read_result(run: Path) -> dict[str, Any]:
 
 
 def _results_table(runs: Sequence[Path]) -> list[str]:
-    lines = ["| model | labels | accuracy (95 % interval) | macro-F1 | AUROC | n |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | labels | accuracy (95 % interval) | macro-F1 | AUROC | n |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in runs:
         result = _read_result(run)
         metrics = result["metrics"]

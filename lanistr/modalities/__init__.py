@@ -14,9 +14,7 @@ MODALITIES: dict[str, type[Modality[Any, Any]]] = {
 }
 
 
-def make_modalities(
-    manifest: Manifest, configs: dict[str, dict[str, Any]]
-) -> dict[str, Modality[Any, Any]]:
+def make_modalities(manifest: Manifest, configs: dict[str, dict[str, Any]]) -> dict[str, Modality[Any, Any]]:
     """One `Modality` for each modality that both the dataset and the recipe have, in the manifest's order.
 
     Raises:

@@ -96,9 +96,9 @@ class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
     only pretraining needs (mask tokens, decoders): fine-tuning drops it.
     """
 
-    encoder: nn.Module
+    encoder: Any
     projection: nn.Module
-    head: nn.Module
+    head: Any
 
     @abstractmethod
     def encode(self, inputs: InputT) -> Tensor:

@@ -7,7 +7,7 @@ M masked patches, D width.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class ImageConfig(Strict):
     layers: int = 12
     heads: int = 12
     intermediate: int = 3072
-    mask_ratio: float = Field(0.5, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.5, gt=0, lt=1)
     pooler: bool = False
 
     @model_validator(mode="after")
@@ -116,9 +116,7 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         tokens = np.full(rows, patches + 1)
         if masks is None:
             nothing = torch.zeros(0, dtype=torch.int64)
-            return Collated(
-                ImageInput(torch.from_numpy(patches_nPX), None, nothing, torch.zeros(0)), tokens, 0.0
-            )
+            return Collated(ImageInput(torch.from_numpy(patches_nPX), None, nothing, torch.zeros(0)), tokens, 0.0)
         mask_nP = np.stack(masks)
         masked_M = np.flatnonzero(mask_nP)
         weights_M = np.asarray(weights, dtype=np.float32)[masked_M // patches]
@@ -154,7 +152,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
         self.encoder = _make_vit(config)
         hidden = self.encoder.config.hidden_size
         self.projection = nn.Linear(hidden, width)
-        self.head: MIMHead = MIMHead(hidden, 3 * config.patch**2)
+        self.head = MIMHead(hidden, 3 * config.patch**2)
 
     def encode(self, inputs: ImageInput) -> Tensor:
         """(N * (P + 1), hidden): [CLS] and patches of each image."""
@@ -166,7 +164,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
         if inputs.mask_NP1 is not None:
             mask_NP1 = inputs.mask_NP1.to(x_NPD.dtype)
             x_NPD = torch.cat([x_NPD, x_NPD])
-            x_NPD = x_NPD * (1 - mask_NP1) + cast(MIMHead, self.head).mask_token * mask_NP1
+            x_NPD = x_NPD * (1 - mask_NP1) + self.head.mask_token * mask_NP1
         cls_N1D = embeddings.cls_token.expand(len(x_NPD), 1, -1)
         x_NPD = torch.cat([cls_N1D, x_NPD], dim=1)
         x_NPD = x_NPD + embeddings.position_embeddings[:, : x_NPD.shape[1]]
@@ -180,7 +178,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
         hidden_MD = hidden.view(2, rows, patches + 1, -1)[1, :, 1:].flatten(0, 1)
         hidden_MD = hidden_MD.index_select(0, inputs.masked_M)
         target_MX = inputs.patches_nPX.view(-1, pixels).index_select(0, inputs.masked_M)
-        error_MX = cast(MIMHead, self.head).decoder(hidden_MD).float() - _normalise(target_MX, torch.float32)
+        error_MX = self.head.decoder(hidden_MD).float() - _normalise(target_MX, torch.float32)
         return (error_MX.abs().mean(1) * inputs.weights_M).sum()
 
 
@@ -192,7 +190,7 @@ def _normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 def _make_vit(config: ImageConfig) -> Any:
     from transformers import ViTConfig, ViTModel
 
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if config.pretrained:
         try:
             vit = ViTModel.from_pretrained(config.pretrained, add_pooling_layer=config.pooler, **no_dropout)

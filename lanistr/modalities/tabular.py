@@ -6,7 +6,7 @@ embedding, S steps, D width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,14 +32,14 @@ class TabularConfig(Strict):
 
     embedding_dim: int = 3
     width: int = 64
-    steps: int = Field(3, ge=1)
+    steps: int = Field(default=3, ge=1)
     gamma: float = 1.3
     n_independent: int = 2
     n_shared: int = 2
-    virtual_batch: int = Field(128, ge=2)
+    virtual_batch: int = Field(default=128, ge=2)
     momentum: float = 0.02
     norm: Literal["batch", "frozen"] = "batch"
-    mask_ratio: float = Field(0.15, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
         self.numeric, self.cardinality, self.steps = numeric, cardinality, config.steps
         self.encoder = TabNet(config, numeric, cardinality)
         self.projection = nn.Linear(config.width, width)
-        self.head: MFMHead = MFMHead(config, numeric + sum(cardinality))
+        self.head = MFMHead(config, numeric + sum(cardinality))
 
     def encode(self, inputs: TabularInput) -> Tensor:
         """(views * N * S, D): the step outputs of each row."""
-        tabnet = cast(TabNet, self.encoder)
+        tabnet = self.encoder
         x_NX = tabnet.embed(inputs)
         set_norms(tabnet, inputs.batch_statistics, update=True)
         views = [tabnet(x_NX)]

@@ -5,7 +5,7 @@ Shape suffixes: T packed tokens (all views), M masked tokens, N rows, D width, V
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ class TextConfig(Strict):
     layers: int = 12
     heads: int = 12
     intermediate: int = 3072
-    max_tokens: int = Field(512, ge=3)
-    mask_ratio: float = Field(0.15, gt=0, lt=1)
+    max_tokens: int = Field(default=512, ge=3)
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     pooler: bool = False
 
 
@@ -108,9 +108,7 @@ class TextModality(Modality[np.ndarray, TextInput]):
         clean = np.concatenate(contents)
         if masks is None:
             nothing = torch.zeros(0, dtype=torch.int64)
-            inputs = TextInput(
-                torch.from_numpy(clean), make_layout(lengths), nothing, nothing, torch.zeros(0)
-            )
+            inputs = TextInput(torch.from_numpy(clean), make_layout(lengths), nothing, nothing, torch.zeros(0))
             return Collated(inputs, lengths, 0.0)
         mask = np.concatenate(masks)
         positions = np.flatnonzero(mask)
@@ -152,7 +150,7 @@ class TextEncoder(ModalityEncoder[TextInput]):
         self.encoder = _make_bert(config, spec)
         hidden = self.encoder.config.hidden_size
         self.projection = nn.Linear(hidden, width)
-        self.head: MLMHead = MLMHead(hidden, spec.vocab_size, self.encoder.config.layer_norm_eps)
+        self.head = MLMHead(hidden, spec.vocab_size, self.encoder.config.layer_norm_eps)
 
     def encode(self, inputs: TextInput) -> Tensor:
         """(T, hidden): one token per row."""
@@ -166,7 +164,7 @@ class TextEncoder(ModalityEncoder[TextInput]):
 
     def reconstruct(self, hidden: Tensor, inputs: TextInput) -> Tensor:
         """Cross-entropy summed over masked tokens (paper eq. 1: masked positions only)."""
-        head = cast(MLMHead, self.head)
+        head = self.head
         hidden_MD = hidden.index_select(0, inputs.masked_M)
         hidden_MD = head.norm(nn.functional.gelu(head.dense(hidden_MD)))
         return linear_cross_entropy(
@@ -178,11 +176,14 @@ def _make_bert(config: TextConfig, spec: TextSpec) -> Any:
     from transformers import BertConfig, BertModel
 
     _register_attention()
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if config.pretrained:
         try:
             bert = BertModel.from_pretrained(
-                config.pretrained, add_pooling_layer=config.pooler, attn_implementation=HF_ATTENTION, **no_dropout
+                config.pretrained,
+                add_pooling_layer=config.pooler,
+                attn_implementation=HF_ATTENTION,
+                **no_dropout,
             )
         except OSError as error:
             raise ValueError(f"text.pretrained {config.pretrained!r}: {str(error).splitlines()[0]}") from None

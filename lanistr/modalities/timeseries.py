@@ -31,9 +31,9 @@ class SeriesConfig(Strict):
     layers: int = 3
     heads: int = 4
     intermediate: int = 3072
-    max_steps: int = Field(48, ge=1)
-    mask_ratio: float = Field(0.15, gt=0, lt=1)
-    mask_length: float = Field(3.0, ge=1)
+    max_steps: int = Field(default=48, ge=1)
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
+    mask_length: float = Field(default=3.0, ge=1)
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> "SeriesConfig":

@@ -3,6 +3,8 @@
 Shape suffixes: T packed fusion rows, D width, S sequences.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class SimSiamHeads(nn.Module):
         super().__init__()
         sizes = [config.width, *config.projector]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.projector = nn.Sequential(*layers[:-1])
         self.predictor = nn.Sequential(

@@ -25,9 +25,7 @@ class Lanistr(nn.Module):
 
     def __init__(self, config: ModelConfig, modalities: dict[str, Modality[Any, Any]], backend: str):
         super().__init__()
-        self.encoders = nn.ModuleDict(
-            {name: m.build(config.fusion.width, backend) for name, m in modalities.items()}
-        )
+        self.encoders = nn.ModuleDict({name: m.build(config.fusion.width, backend) for name, m in modalities.items()})
         self.fusion = FusionEncoder(config.fusion, backend)
 
     def encoder(self, name: str) -> ModalityEncoder[Any]:

@@ -7,6 +7,7 @@ Shape suffixes: T packed rows, H heads, K head width, S sequences, L bucket leng
 """
 
 import importlib.util
+import itertools
 import logging
 from functools import lru_cache
 
@@ -119,7 +120,7 @@ def _padded(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tens
 def _reference(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:
     outputs = []
     bounds = layout.cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1) for x in (q_THK, k_THK, v_THK))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
@@ -130,7 +131,9 @@ def _torch_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = layout.cu_seqlens, layout.max_seqlen
-    return varlen_attn(q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous(), cu, cu, longest, longest)
+    out = varlen_attn(q_THK.contiguous(), k_THK.contiguous(), v_THK.contiguous(), cu, cu, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _flash_attn(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: Layout) -> Tensor:

@@ -156,6 +156,4 @@ def load_weights(module: nn.Module, path: Path) -> LoadReport:
                     "same recipe and dataset schema (`fit_from`)?"
                 )
             targets[name].copy_(stored[name])
-    return LoadReport(
-        loaded, [n for n in targets if n not in stored], [n for n in stored if n not in targets]
-    )
+    return LoadReport(loaded, [n for n in targets if n not in stored], [n for n in stored if n not in targets])

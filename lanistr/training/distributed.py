@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lanistr.ops.ghost_norm import GhostBatchNorm
+
 
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as a launcher left them; a lone process is rank 0 of 1."""
@@ -73,7 +75,7 @@ def merge_batch_norm(module: nn.Module) -> None:
     DeepSpeed alone would keep rank 0's. A norm that no rank has updated stays as it is.
     """
     for norm in module.modules():
-        if not hasattr(norm, "rows_seen"):
+        if not isinstance(norm, GhostBatchNorm):
             continue
         rows = norm.rows_seen.double()
         features = norm.running_mean.numel()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,12 @@ def fill_config(path: Path, recipe: str, config: OptimizerConfig, world: int, on
     per_rank = config.global_batch // world
     micro = config.micro_batch or per_rank
     offload = "offload_optimizer" in merged.get("zero_optimization", {})
-    adam = {"lr": config.lr, "betas": list(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+    adam = {
+        "lr": config.lr,
+        "betas": list(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     if not on_gpu and not offload:
         adam["torch_adam"] = True  # the fused CPU kernel would be compiled at the first start
     wanted = {
@@ -124,18 +129,28 @@ def _fill(tree: dict[str, Any], key: str, value: Any, path: Path, recipe: str) -
     if tree.get(last, "auto") == "auto":
         tree[last] = value
     elif tree[last] != value:
-        raise ValueError(f"{path}: {key} = {tree[last]!r} contradicts recipe {recipe} ({value!r}); write \"auto\"")
+        raise ValueError(f'{path}: {key} = {tree[last]!r} contradicts recipe {recipe} ({value!r}); write "auto"')
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay; biases, norms, embeddings and tokens do not."""
     no_decay = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    plain = [p for n, p in trainable if p.ndim < 2 or id(p) in no_decay or n.endswith(("positions", "cls", "embeddings", "cls_token"))]
+    plain = [
+        p
+        for n, p in trainable
+        if p.ndim < 2 or id(p) in no_decay or n.endswith(("positions", "cls", "embeddings", "cls_token"))
+    ]
     plain_ids = {id(p) for p in plain}
     decayed = [p for _, p in trainable if id(p) not in plain_ids]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+class Task(Protocol):
+    """What the engine needs of a task; see `lanistr.tasks`."""
+
+    weights: dict[str, float]
 
 
 class Engine:
@@ -148,13 +163,13 @@ class Engine:
         weight_decay: of the decayed parameters.
     """
 
-    def __init__(self, task: nn.Module, config: dict[str, Any], device: torch.device, weight_decay: float):
+    def __init__(self, task: "Task", config: dict[str, Any], device: torch.device, weight_decay: float):
         deepspeed = _import_deepspeed()
         self.task, self.config, self.device = task, config, device
         self._engine, *_ = deepspeed.initialize(
-            model=task, model_parameters=parameter_groups(task, weight_decay), config=config
+            model=task, model_parameters=parameter_groups(cast(nn.Module, task), weight_decay), config=config
         )
-        self.weights: dict[str, float] = dict(task.weights)  # pyright: ignore[reportArgumentType]
+        self.weights = task.weights
 
     @property
     def module(self) -> Any:

@@ -54,9 +54,7 @@ class BestKeeper:
     The weights go to ``<run>/best/weights.safetensors``; their step and accuracy into ``best.json`` beside it.
     """
 
-    def __init__(
-        self, engine: Engine, val: GoldDataset, config: FinetuneConfig, steps_per_epoch: int, run: Path
-    ):
+    def __init__(self, engine: Engine, val: GoldDataset, config: FinetuneConfig, steps_per_epoch: int, run: Path):
         self.engine, self.val, self.config, self.run = engine, val, config, run
         self.every = config.eval_every * steps_per_epoch
         self.positions = val.labelled(None, 0)
@@ -92,7 +90,14 @@ class BestKeeper:
 
 
 def finetune(
-    recipe: Recipe, data: Path, run: Path, ds_config: Path, *, source: Path | None, labels: int | None, resuming: bool
+    recipe: Recipe,
+    data: Path,
+    run: Path,
+    ds_config: Path,
+    *,
+    source: Path | None,
+    labels: int | None,
+    resuming: bool,
 ) -> None:
     """Fine-tune on ``labels`` labelled train samples (None = all).
 
@@ -141,7 +146,11 @@ def finetune(
             logger.info("%s: %s", pretrained, report)
     if config.freeze == "encoders":
         task.freeze()
-    extra = {"task": "finetune", "from": str(source) if source else None, "n_labels": labels or len(loader.positions)}
+    extra = {
+        "task": "finetune",
+        "from": str(source) if source else None,
+        "n_labels": labels or len(loader.positions),
+    }
     describe_run(run, recipe, manifest, filled, extra)
     engine = Engine(task, filled, device, config.weight_decay)
     keeper = BestKeeper(engine, val, config, loader.steps_per_epoch, run)
@@ -165,5 +174,3 @@ def _pretrained_weights(source: Path) -> Path:
     if found is None:
         raise ValueError(f"--from {source}: no complete checkpoint there; give a pretraining run, or none")
     return found.folder / WEIGHTS
-
-

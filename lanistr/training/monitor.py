@@ -32,7 +32,7 @@ class Monitor:
         self.file: TextIO | None = None
         if self.active:
             _cut_back(self.path, start)
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
         self._reset()
 
     def _reset(self) -> None:

@@ -36,11 +36,15 @@ def check_run(run: Path, resuming: bool) -> bool:
     return found is not None
 
 
-def describe_run(run: Path, recipe: Recipe, manifest: Manifest, ds_config: dict[str, Any], extra: dict[str, Any]) -> None:
+def describe_run(
+    run: Path, recipe: Recipe, manifest: Manifest, ds_config: dict[str, Any], extra: dict[str, Any]
+) -> None:
     """Write ``recipe.yaml``, ``ds_config.json`` and ``run.json`` (rank 0; the others wait)."""
     if distributed.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        (run / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=1), encoding="utf-8")
         identity = {
             "dataset": manifest.name,

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.model.support import NAMES, make_modalities
-from tests.tiny_gold import write_gold
 
 from lanistr.batch import Batch
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
 from lanistr.data.reader import CorruptSample, GoldDataset
+from tests.model.support import NAMES, make_modalities
+from tests.tiny_gold import write_gold
 
 
 def presence(i: int) -> list[str]:
@@ -101,7 +101,7 @@ def test_global_batches_do_not_depend_on_ranks_or_accumulation(gold: Path) -> No
         steps: list[list[str]] = [[] for _ in range(6)]
         for rank in range(ranks):
             for i, step in enumerate(loader(gold, ranks, rank, micro=micro).steps(0, 6)):
-                steps[i] += [key for m in step for key in m.keys]  # noqa: SIM118
+                steps[i] += [key for m in step for key in m.keys]
         return [sorted(step) for step in steps]
 
     assert keys(1, None) == keys(2, None) == keys(4, 1) == keys(1, 2)

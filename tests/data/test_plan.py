@@ -13,9 +13,14 @@ def draw(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(8, 300), batch=st.integers(1, 8), seed=st.integers(0, 99), grouping=st.sampled_from(["mixed", "stratified"])
+    n=st.integers(8, 300),
+    batch=st.integers(1, 8),
+    seed=st.integers(0, 99),
+    grouping=st.sampled_from(["mixed", "stratified"]),
 )
-def test_every_sample_at_most_once_and_the_tail_is_below_one_batch(n: int, batch: int, seed: int, grouping: str) -> None:
+def test_every_sample_at_most_once_and_the_tail_is_below_one_batch(
+    n: int, batch: int, seed: int, grouping: str
+) -> None:
     order = epoch_order("id", seed, 0, grouping, batch, *draw(n, seed))
     assert order.shape == (n // batch, batch)
     assert len(np.unique(order)) == order.size

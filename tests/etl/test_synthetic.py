@@ -62,7 +62,11 @@ def naive_bayes(subset: tuple[str, ...]) -> float:
             pair = told / 5 * (1 - synthetic.NULL_WEIGHT)
         else:
             pair = (1 / 5 if mood is not None else 1) * (
-                1 if "tabular" not in subset else synthetic.NULL_WEIGHT if bin_ is None else (1 - synthetic.NULL_WEIGHT) / 5
+                1
+                if "tabular" not in subset
+                else synthetic.NULL_WEIGHT
+                if bin_ is None
+                else (1 - synthetic.NULL_WEIGHT) / 5
             )
         for seen in itertools.product(*values):
             p = pair / 5
@@ -104,7 +108,10 @@ def test_drawn_factors_have_the_planted_shares() -> None:
 
 
 def products(shop: Path) -> dict[str, dict[str, object]]:
-    return {row["product_id"]: {**row, "at": i} for i, row in enumerate(pq.read_table(shop / "products.parquet").to_pylist())}
+    return {
+        row["product_id"]: {**row, "at": i}
+        for i, row in enumerate(pq.read_table(shop / "products.parquet").to_pylist())
+    }
 
 
 def test_text_can_be_read_back_and_is_10_to_60_words(shop: Path) -> None:

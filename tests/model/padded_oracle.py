@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.model.support import SCHEMAS
 from torch import Tensor, nn
 from transformers import BertModel
 
 from lanistr.modalities.base import Modality
 from lanistr.tasks import Pretrain
+from tests.model.support import SCHEMAS
 
 
 def dense_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
@@ -103,7 +103,10 @@ def oracle_terms(
             continue
         run = {"text": _text, "image": _image, "tabular": _tabular, "timeseries": _series}[name]
         hidden, terms[modalities[name].term] = run(
-            task.model.encoder(name), modalities[name], [contents[i][name] for i in rows], [masks[i][name] for i in rows]
+            task.model.encoder(name),
+            modalities[name],
+            [contents[i][name] for i in rows],
+            [masks[i][name] for i in rows],
         )
         for view in range(2):
             for row, h in zip(rows, hidden[view], strict=True):

@@ -3,6 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lanistr.modalities.timeseries import Series
 from tests.model.padded_oracle import oracle_terms
 from tests.model.support import (
     NAMES,
@@ -12,8 +14,6 @@ from tests.model.support import (
     random_samples,
     total_loss,
 )
-
-from lanistr.modalities.timeseries import Series
 
 PATTERNS = st.lists(st.lists(st.sampled_from(NAMES), unique=True, max_size=4), min_size=1, max_size=5)
 

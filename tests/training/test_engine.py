@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.support import make_modalities, make_pretrain
 
 from lanistr.config import OptimizerConfig
 from lanistr.training.engine import fill_config, parameter_groups
+from tests.model.support import make_modalities, make_pretrain
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 CONFIG = OptimizerConfig(global_batch=32, micro_batch=4, clip=2.5, lr=3e-4)

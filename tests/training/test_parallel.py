@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.support import NAMES, RECIPE, make_modalities, make_pretrain
-from tests.tiny_gold import write_gold
 
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
 from lanistr.training.engine import parameter_groups
 from lanistr.training.schedule import lr_at
+from tests.model.support import NAMES, RECIPE, make_modalities, make_pretrain
+from tests.tiny_gold import write_gold
 
 WORKER = Path(__file__).with_name("worker.py")
 DS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -31,7 +31,9 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def launch(ranks: int, arguments: Sequence[str], environment: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
+def launch(
+    ranks: int, arguments: Sequence[str], environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """Start the ranks of one world with a plain environment."""
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}

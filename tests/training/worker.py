@@ -10,18 +10,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.model.support import RECIPE, make_modalities, make_pretrain
-
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
 from lanistr.training import distributed
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.schedule import lr_at
+from tests.model.support import RECIPE, make_modalities, make_pretrain
 
 
 def config_of(case: dict[str, Any]) -> Any:
     return RECIPE.pretrain.model_copy(
-        update={"global_batch": 8, "micro_batch": case.get("micro"), "lr": 1e-2, "clip": 0.5, "weight_decay": 0.1}
+        update={
+            "global_batch": 8,
+            "micro_batch": case.get("micro"),
+            "lr": 1e-2,
+            "clip": 0.5,
+            "weight_decay": 0.1,
+        }
     )
 
 
