@@ -132,8 +132,8 @@ class Encoder:
             return {}, None
         try:
             return encode_image(path.read_bytes(), spec), None
-        except ValueError as error:
-            return {}, f"broken image: {str(error).split(':')[0]}"
+        except ValueError:
+            return {}, "broken image"
 
 
 def _length(members: dict[str, bytes]) -> int:

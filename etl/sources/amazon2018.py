@@ -33,8 +33,8 @@ def read(
     source = recipe.source
     assert isinstance(source, AmazonSource)
     counts = {"reviews": load(con, quarantine, files[source.reviews], "reviews", NEEDED, OPTIONAL)}
-    counts["duplicates"] = _drop_duplicates(con)
     counts |= _join_metadata(con, quarantine, files, source)
+    counts["duplicates"] = _drop_duplicates(con)
     _select(con, quarantine, source, raw)
     con.execute("create table series (row_id varchar, time double, variable varchar, value double)")
     numeric = [*NUMERIC, *(["price"] if source.price else [])]
