@@ -37,6 +37,7 @@ class FusionConfig(Strict):
 
     Attributes:
         norm: ``pre`` as FLAVA's encoder has it.
+        zero_init: every block starts as the identity (not in the paper).
         pooler: an unused dense layer that the published checkpoint carries; only the ``official`` preset has it.
     """
 
@@ -46,6 +47,7 @@ class FusionConfig(Strict):
     intermediate: int = 3072
     norm_eps: float = 1e-12
     dropout: float = 0.0
+    zero_init: bool = False
     pooler: bool = False
     projector: list[int] = [2048, 2048, 2048]
     predictor: int = 512
@@ -76,10 +78,13 @@ class ObjectiveConfig(Strict):
     Attributes:
         weights: lambda per term (mlm, mim, mfm, mtm, mmm).
         similarity: SimMMM over all fusion ``tokens`` (mean per sample, then over samples) or the ``cls`` token only.
+        decorrelation: weight of `lanistr.losses.decorrelation_loss` on the mean of a sample's fused tokens; 0 = off, as
+            in the paper.
     """
 
     weights: dict[str, float] = {"mlm": 1.0, "mim": 1.0, "mfm": 0.01, "mtm": 0.1, "mmm": 0.5}
     similarity: Literal["tokens", "cls"] = "tokens"
+    decorrelation: float = Field(default=0.0, ge=0)
 
 
 class OptimizerConfig(Strict):

@@ -1,9 +1,9 @@
 """Losses of the multimodal encoder (the unimodal ones live with their modality).
 
-Shape suffixes: T packed fusion rows of one view, D width.
+Shape suffixes: T packed fusion rows of one view, B samples, D width.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lanistr.ops.cosine import neg_cosine
 
@@ -21,3 +21,23 @@ def simsiam_loss(z_clean: Tensor, p_clean: Tensor, z_masked: Tensor, p_masked: T
         (T,) float32.
     """
     return (neg_cosine(p_clean, z_masked) + neg_cosine(p_masked, z_clean)) / 2
+
+
+def decorrelation_loss(x_BD: Tensor) -> Tensor:
+    """Keeps fused embeddings from collapsing (not in the paper: DECISIONS.md).
+
+    Sum of squared off-diagonal correlations over D, and a hinge that asks every feature for a standard deviation of at
+    least 0.3. It uses the statistics of the micro-batch, so it depends on how a global batch is divided.
+
+    Args:
+        x_BD: B >= 2 fused embeddings.
+
+    Returns:
+        A float32 scalar.
+    """
+    x_BD = x_BD.float()
+    std_D = (x_BD.var(0) + 1e-6).sqrt()
+    normal_BD = (x_BD - x_BD.mean(0)) / std_D
+    correlation_DD = normal_BD.T @ normal_BD / (len(x_BD) - 1)
+    off_diagonal = correlation_DD.square().sum() - correlation_DD.diagonal().square().sum()
+    return off_diagonal / x_BD.shape[1] + 20 * nn.functional.relu(0.3 - std_D).mean()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lanistr.batch import Batch
 from lanistr.config import FinetuneConfig, FusionConfig, ObjectiveConfig
-from lanistr.losses import simsiam_loss
+from lanistr.losses import decorrelation_loss, simsiam_loss
 from lanistr.modalities.base import Modality
 from lanistr.model.fusion import SimSiamHeads
 from lanistr.model.lanistr import Lanistr
@@ -38,7 +38,9 @@ class Pretrain(nn.Module):
         self.model = model
         self.similarity = objective.similarity
         self.term_of = {name: modality.term for name, modality in modalities.items()}
-        self.weights = objective.weights
+        self.weights = dict(objective.weights)
+        if objective.decorrelation:
+            self.weights["decorrelation"] = objective.decorrelation
         missing = [term for term in [*self.term_of.values(), "mmm"] if term not in self.weights]
         if missing:
             raise ValueError(f"objective.weights: no weight for {', '.join(missing)} (0 switches a term off)")
@@ -55,6 +57,9 @@ class Pretrain(nn.Module):
             total = self.model.encoder(name).reconstruct(hidden[name], batch.inputs[name])
             totals[term] = totals[term] + total if term in totals else total
         totals["mmm"] = self._similarity(fused_TD, batch)
+        if "decorrelation" in self.weights:
+            clean_BD = mean_tokens(fused_TD.chunk(2)[0], batch)
+            totals["decorrelation"] = decorrelation_loss(clean_BD) * batch.counts["decorrelation"]
         return totals
 
     def _similarity(self, fused_TD: Tensor, batch: Batch) -> Tensor:
@@ -66,6 +71,15 @@ class Pretrain(nn.Module):
         z, p = self.heads(fused_TD)
         (z_clean, z_masked), (p_clean, p_masked) = z.chunk(2), p.chunk(2)
         return (simsiam_loss(z_clean, p_clean, z_masked, p_masked) * weights).sum()
+
+
+def mean_tokens(fused_TD: Tensor, batch: Batch) -> Tensor:
+    """Mean of each sample's fused tokens in one view, (B, D)."""
+    lengths_B = batch.fusion.layout.cu_seqlens.diff()[: batch.size]
+    samples_B = torch.arange(batch.size, device=fused_TD.device)
+    sample_T = torch.repeat_interleave(samples_B, lengths_B, output_size=len(fused_TD))
+    weighted_TD = fused_TD.float() * batch.fusion.token_weight_T[:, None]
+    return weighted_TD.new_zeros(batch.size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
 
 
 class Finetune(nn.Module):

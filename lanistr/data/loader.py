@@ -39,7 +39,8 @@ class Collator:
         """
         weights_B = np.asarray(weights, dtype=np.float32)
         inputs: dict[str, Any] = {}
-        counts = {"mmm": float((weights_B > 0).sum())} if self.views == 2 else {}
+        samples_with_weight = float((weights_B > 0).sum())
+        counts = dict.fromkeys(("mmm", "decorrelation"), samples_with_weight)
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
             present = [i for i, sample in enumerate(samples) if name in sample.contents]

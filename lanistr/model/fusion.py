@@ -27,6 +27,10 @@ class FusionEncoder(nn.Module):
             Block(width, config.heads, config.intermediate, config.norm_eps, backend, pre_norm=True)
             for _ in range(config.layers)
         )
+        if config.zero_init:
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("out.weight", "down.weight")):
+                    nn.init.zeros_(parameter)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pooler = nn.Linear(width, width).requires_grad_(False) if config.pooler else None
 
