@@ -79,7 +79,9 @@ def recipe_of(tree: dict | None = None, **changes: object) -> recipes.Recipe:
 
 def bytes_of(gold: Path) -> dict[str, str]:
     return {
-        str(p.relative_to(gold)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(gold.rglob("*")) if p.is_file()
+        str(p.relative_to(gold)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(gold.rglob("*"))
+        if p.is_file()
     }
 
 
@@ -116,7 +118,12 @@ def test_webdataset_reads_our_tars_and_a_missing_modality_is_a_missing_member(ra
     assert len(samples) == N
     for sample in samples.values():
         present = json.loads(sample["json"])["modalities"]
-        members = {"text": {"tok.npy"}, "image": {"jpg"}, "tabular": {"tab.npy"}, "timeseries": {"ts.npy", "tsmask.npy"}}
+        members = {
+            "text": {"tok.npy"},
+            "image": {"jpg"},
+            "tabular": {"tab.npy"},
+            "timeseries": {"ts.npy", "tsmask.npy"},
+        }
         expected = {"json"}.union(*(members[name] for name in present))
         assert {key for key in sample if not key.startswith("__")} == expected
     count = {name: sum(name in json.loads(s["json"])["modalities"] for s in samples.values()) for name in members}
@@ -203,7 +210,11 @@ def test_bad_records_are_set_aside_with_line_and_reason(raw: Path, tmp_path: Pat
         "not a number: weight": 1,
         "unknown id": 1,
     }
-    bad = [row for p in (tmp_path / "lake" / "quarantine" / "toy").glob("*.parquet") for row in pq.read_table(p).to_pylist()]
+    bad = [
+        row
+        for p in (tmp_path / "lake" / "quarantine" / "toy").glob("*.parquet")
+        for row in pq.read_table(p).to_pylist()
+    ]
     lines = {row["reason"]: (row["file"], row["line"]) for row in bad}
     assert lines["not a JSON object"] == ("notes.jsonl.gz", 4)
     assert lines["not a number: weight"] == ("items.csv.gz", 6)
@@ -243,7 +254,9 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_half_written(
         assert not lake.exists() or {p.name for p in lake.iterdir()} <= {".toy.lock"}
 
     attempt({**RECIPE, "shardsize": 3}, "unknown key 'shardsize'; did you mean 'shard_size'?")
-    attempt({**RECIPE, "tabular": {"numeric": ["wieght"]}}, "no column 'wieght'; there are id, kind, label, owner, weight")
+    attempt(
+        {**RECIPE, "tabular": {"numeric": ["wieght"]}}, "no column 'wieght'; there are id, kind, label, owner, weight"
+    )
     whole = (raw / "notes.jsonl.gz").read_bytes()
     (raw / "notes.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     attempt(RECIPE, "notes.jsonl.gz: truncated or corrupt gzip")

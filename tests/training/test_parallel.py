@@ -1,10 +1,6 @@
 """ZeRO on several ranks equals a plain torch loop, with each modality in turn absent on one rank (contract 4)."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,43 +13,13 @@ from lanistr.data.reader import GoldDataset
 from lanistr.training.engine import parameter_groups
 from lanistr.training.schedule import lr_at
 from tests.model.support import NAMES, RECIPE, make_modalities, make_pretrain
+from tests.ranks import finish, launch
 from tests.tiny_gold import write_gold
 
 WORKER = Path(__file__).with_name("worker.py")
 DS = Path(__file__).resolve().parents[2] / "ds_configs"
 STEPS = 5
 pytestmark = pytest.mark.dist
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def launch(
-    ranks: int, arguments: Sequence[str], environment: dict[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
-    """Start the ranks of one world with a plain environment."""
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    outputs = [process.communicate()[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * len(codes), f"exit codes {codes}\n" + "\n".join(outputs)[-6000:]
-    return outputs
 
 
 def sparse(name: str) -> Callable[[int], Sequence[str]]:
@@ -91,7 +57,7 @@ def plain_torch(gold: Path, steps: int) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 0.5)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

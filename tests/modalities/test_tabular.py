@@ -1,0 +1,153 @@
+import copy
+
+import numpy as np
+import torch
+from pytorch_tabnet.tab_network import TabNetEncoder
+
+from lanistr.manifest import ModalitySchema
+from lanistr.modalities.tabular import Row, TabularEncoder, TabularModality, set_norms
+from lanistr.ops.ghost_norm import GhostBatchNorm
+from lanistr.transforms import MEMBERS
+from tests.model.support import RECIPE, SCHEMAS, make_modalities
+
+
+def make(norm: str = "batch", virtual_batch: int = 128) -> tuple[TabularModality, TabularEncoder]:
+    config = {**RECIPE.model.modalities["tabular"], "norm": norm, "virtual_batch": virtual_batch}
+    schema = ModalitySchema(kind="tabular", members=MEMBERS["tabular"], spec=SCHEMAS["tabular"].model_dump())
+    modality = TabularModality("tabular", config, schema)
+    torch.manual_seed(0)
+    return modality, modality.build(16, "sdpa_bucketed")
+
+
+def rows(n: int, seed: int = 0) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    return [Row(rng.normal(size=2).astype(np.float32), rng.integers(2, 5, 1), rng.random(3) < 0.8) for _ in range(n)]
+
+
+def masks(contents: list[Row], modality: TabularModality) -> list[np.ndarray]:
+    return [modality.corrupt(c, np.random.default_rng(i)) for i, c in enumerate(contents)]
+
+
+def upstream(encoder: TabularEncoder) -> TabNetEncoder:
+    """pytorch_tabnet's own module with our weights."""
+    groups = encoder.encoder.groups_KX
+    width = encoder.encoder.width
+    net = TabNetEncoder(groups.shape[1], 1, width, width, 2, group_attention_matrix=groups, virtual_batch_size=128)
+    ours = encoder.encoder.blocks.state_dict()
+    renamed = {}
+    for name in net.state_dict():
+        if not name.endswith("num_batches_tracked"):
+            renamed[name] = ours[name.replace(".bn.bn.", ".bn.")]
+    net.load_state_dict(renamed, strict=False)
+    return net
+
+
+def test_tabnet_equals_upstream_in_training_and_in_eval_mode() -> None:
+    modality, encoder = make()
+    inputs = modality.collate(rows(9), None, [1.0] * 9).inputs
+    reference = upstream(encoder)
+    for mode in (True, False):
+        encoder.train(mode)
+        reference.train(mode)
+        ours = encoder.encode(inputs).view(9, 2, -1)
+        steps, _ = reference(encoder.encoder.embed(inputs))
+        torch.testing.assert_close(ours, torch.stack(steps, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.encoder.blocks.initial_bn.running_mean, reference.initial_bn.running_mean)
+
+
+def test_mfm_loss_equals_a_loop_over_masked_observed_cells() -> None:
+    modality, encoder = make("frozen")
+    encoder.eval()
+    contents = rows(6)
+    masked = masks(contents, modality)
+    collated = modality.collate(contents, masked, [1.0] * 6)
+    hidden = encoder.encode(collated.inputs)
+    out = encoder.head(hidden.view(2, 6, 2, -1)[1]).double()
+    total, count = 0.0, 0
+    for i, (content, mask) in enumerate(zip(contents, masked, strict=True)):
+        for column in np.flatnonzero(mask & content.observed_K):
+            count += 1
+            if column < 2:
+                total += float((out[i, column].item() - float(content.numeric_R[column])) ** 2)
+            else:
+                total -= out[i, 2:].log_softmax(0)[content.categories_C[0]].item()
+    assert collated.count == count
+    torch.testing.assert_close(encoder.reconstruct(hidden, collated.inputs).item(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_cells_value_has_no_influence_on_the_masked_view() -> None:
+    modality, encoder = make("frozen")
+    (content,) = rows(1)
+    mask = np.array([True, False, True])
+    other = Row(content.numeric_R + np.array([50, 0], dtype=np.float32), np.array([3]), content.observed_K)
+    views = [encoder.encode(modality.collate([c], [mask], [1.0]).inputs).chunk(2) for c in (content, other)]
+    assert torch.equal(views[0][1], views[1][1])
+    assert not torch.equal(views[0][0], views[1][0])
+
+
+def norms(encoder: TabularEncoder) -> list[torch.Tensor]:
+    return [m.running_mean.clone() for m in encoder.encoder.modules() if isinstance(m, GhostBatchNorm)]
+
+
+def test_only_real_batches_of_the_clean_view_move_the_running_statistics() -> None:
+    modality, encoder = make()
+    encoder.train()
+    start = norms(encoder)
+    dummy = modality.dummy()
+    encoder.encode(modality.collate([dummy], masks([dummy], modality), [0.0]).inputs)
+    encoder.encode(modality.collate(rows(1), None, [1.0]).inputs)
+    assert all(map(torch.equal, start, norms(encoder)))
+    twin = copy.deepcopy(encoder)
+    contents = rows(8)
+    encoder.encode(modality.collate(contents, None, [1.0] * 8).inputs)
+    twin.encode(modality.collate(contents, masks(contents, modality), [1.0] * 8).inputs)
+    assert not all(map(torch.equal, start, norms(encoder)))
+    assert all(map(torch.equal, norms(encoder), norms(twin)))
+
+
+def test_a_ghost_chunk_of_one_row_joins_its_neighbour() -> None:
+    norm = GhostBatchNorm(3, virtual_batch=4, momentum=0.1)
+    assert norm._sizes(9) == [4, 5]
+    assert norm._sizes(10) == [4, 4, 2]
+    x = torch.randn(9, 3)
+    out = norm(x)
+    torch.testing.assert_close(out[4:].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_frozen_norm_uses_running_statistics_in_training() -> None:
+    modality, encoder = make("frozen")
+    encoder.train()
+    inputs = modality.collate(rows(8), None, [1.0] * 8).inputs
+    training = encoder.encode(inputs)
+    assert torch.equal(training, encoder.eval().encode(inputs))
+
+
+def test_norms_of_the_decoder_are_switched_too() -> None:
+    _, encoder = make()
+    set_norms(encoder.head, batch_statistics=False, update=False)
+    assert not any(m.update for m in encoder.head.modules() if isinstance(m, GhostBatchNorm))
+
+
+def test_every_modality_masks_at_least_one_unit_and_never_a_special_token() -> None:
+    modalities = make_modalities()
+    rng = np.random.default_rng(0)
+    for name, modality in modalities.items():
+        assert modality.corrupt(modality.dummy(), rng).any(), name
+    text = modalities["text"]
+    for _ in range(50):
+        ids = np.array([2, *rng.integers(5, 50, 9), 3])
+        mask = text.corrupt(ids, rng)
+        assert mask.any()
+        assert not mask[[0, -1]].any()
+
+
+def test_series_masks_keep_a_variables_channels_together_in_runs_of_mean_length_three() -> None:
+    from lanistr.modalities.timeseries import Series
+
+    series = make_modalities()["timeseries"]
+    content = Series(np.zeros((4000, 4), dtype=np.float32), np.ones((4000, 4), dtype=bool))
+    mask = series.corrupt(content, np.random.default_rng(0))
+    assert (mask[:, 0] == mask[:, 1]).all()
+    assert abs(mask[:, 2].mean() - 0.15) < 0.03
+    starts = (np.diff(mask[:, 2].astype(int)) == 1).sum()
+    assert abs(mask[:, 2].sum() / starts - 3) < 0.5
