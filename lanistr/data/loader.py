@@ -40,7 +40,7 @@ class Collator:
         weights_B = np.asarray(weights, dtype=np.float32)
         inputs: dict[str, Any] = {}
         samples_with_weight = float((weights_B > 0).sum())
-        counts = dict.fromkeys(("mmm", "decorrelation"), samples_with_weight)
+        counts: dict[str, float] = {"mmm": samples_with_weight, "decorrelation": samples_with_weight}
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
             present = [i for i, sample in enumerate(samples) if name in sample.contents]

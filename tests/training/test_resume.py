@@ -127,7 +127,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     output = process.communicate()[0]
     assert process.returncode == 2, output
     assert "Traceback" not in output
-    assert message in [line for line in output.splitlines() if line.startswith("error: ")][0]
+    assert message in next(line for line in output.splitlines() if line.startswith("error: "))
     assert not (tmp_path / "run").exists()
 
 
