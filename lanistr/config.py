@@ -123,6 +123,8 @@ class FinetuneConfig(OptimizerConfig):
 
     Attributes:
         freeze: ``encoders`` = unimodal encoders frozen and in eval mode (paper); ``none`` = everything trained.
+        transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
+            start afresh: for runs whose fusion has collapsed).
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         patience: evaluations on validation without improvement before stopping; None = never.
@@ -130,6 +132,7 @@ class FinetuneConfig(OptimizerConfig):
     """
 
     freeze: Literal["encoders", "none"] = "encoders"
+    transfer: Literal["all", "encoders"] = "all"
     hidden: int = 256
     dropout: float = 0.0
     patience: int | None = None

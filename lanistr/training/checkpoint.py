@@ -8,6 +8,7 @@ has a name that starts with a dot.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,18 @@ class LoadReport:
         return parts + (f" (new: {', '.join(roots)})" if roots else "")
 
 
-def load_weights(module: nn.Module, path: Path) -> LoadReport:
+def load_weights(module: nn.Module, path: Path, only: Callable[[str], bool] = lambda _: True) -> LoadReport:
     """Copy every tensor of the same name into the module.
+
+    Args:
+        module: to fill.
+        path: a safetensors file.
+        only: says by name which tensors to take.
 
     Raises:
         ValueError: a tensor of the same name and another shape (another recipe, or another dataset's schema).
     """
-    stored = load_file(str(path))
+    stored = {name: tensor for name, tensor in load_file(str(path)).items() if only(name)}
     names = persistent_buffers(module).keys()
     targets = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in names}
     loaded = [name for name in targets if name in stored]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,7 @@ def finetune(
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     task = make_task(recipe, manifest, device.type)
     if pretrained:
-        report = load_weights(task, pretrained)
+        report = load_weights(task, pretrained, _transferred(task) if config.transfer == "encoders" else lambda _: True)
         if rank == 0:
             logger.info("%s: %s", pretrained, report)
     if config.freeze == "encoders":
@@ -167,6 +168,12 @@ def make_task(recipe: Recipe, manifest: Manifest, device: str) -> Finetune:
     model = build_model(recipe.model, modalities, recipe.finetune.seed, device)
     width, classes = recipe.model.fusion.width, len(manifest.labels)
     return Finetune(model, width, classes, recipe.finetune, recipe.finetune.seed)
+
+
+def _transferred(task: Finetune) -> Callable[[str], bool]:
+    """Whether a tensor belongs to a unimodal encoder."""
+    prefixes = tuple(f"model.encoders.{name}.encoder." for name in task.model.encoders)
+    return lambda name: name.startswith(prefixes)
 
 
 def _pretrained_weights(source: Path) -> Path:
