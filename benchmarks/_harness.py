@@ -111,7 +111,7 @@ def write_result(out: Path, suite: str, rows: list[dict[str, Any]]) -> None:
     ).stdout.strip()
     result = {
         "suite": suite,
-        "command": "python " + " ".join([str(Path(sys.argv[0]).name), *sys.argv[1:]]),
+        "command": "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "revision": revision or "unknown",
         "environment": environment(),
         "rows": rows,
