@@ -62,7 +62,8 @@ def train(
         lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
         result = engine.train_step(micro_batches, lr)
         if not abs(result.loss) < float("inf"):
-            raise ValueError(f"step {step}: loss is {result.loss}; terms {result.terms}; rank 0 keys in the log")
+            keys = ", ".join(key for batch in micro_batches for key in batch.keys)
+            raise ValueError(f"step {step}: loss is {result.loss}; terms {result.terms}; samples of this rank: {keys}")
         monitor.record(step, lr, result, micro_batches, waited)
         step += 1
         stop = after_step(step) if after_step else False
