@@ -37,6 +37,7 @@ class FusionConfig(Strict):
 
     Attributes:
         norm: ``pre`` as FLAVA's encoder has it.
+        init_std: of the blocks' weights (0.02 as FLAVA; a narrower model wants more).
         zero_init: every block starts as the identity (not in the paper).
         pooler: an unused dense layer that the published checkpoint carries; only the ``official`` preset has it.
     """
@@ -47,6 +48,7 @@ class FusionConfig(Strict):
     intermediate: int = 3072
     norm_eps: float = 1e-12
     dropout: float = 0.0
+    init_std: float = Field(default=0.02, gt=0)
     zero_init: bool = False
     pooler: bool = False
     projector: list[int] = [2048, 2048, 2048]
@@ -125,6 +127,7 @@ class FinetuneConfig(OptimizerConfig):
         freeze: ``encoders`` = unimodal encoders frozen and in eval mode (paper); ``none`` = everything trained.
         transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
             start afresh: for runs whose fusion has collapsed).
+        pooling: what the classifier sees: the fusion ``cls`` token (paper), or the ``mean`` of a sample's fused tokens.
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         patience: evaluations on validation without improvement before stopping; None = never.
@@ -133,6 +136,7 @@ class FinetuneConfig(OptimizerConfig):
 
     freeze: Literal["encoders", "none"] = "encoders"
     transfer: Literal["all", "encoders"] = "all"
+    pooling: Literal["cls", "mean"] = "cls"
     hidden: int = 256
     dropout: float = 0.0
     patience: int | None = None

@@ -83,7 +83,7 @@ def mean_tokens(fused_TD: Tensor, batch: Batch) -> Tensor:
 
 
 class Finetune(nn.Module):
-    """Classification: an MLP on the fusion [CLS].
+    """Classification: an MLP on the fusion [CLS], or on the mean of the fused tokens.
 
     Attributes:
         weights: ``{"cls": 1}``.
@@ -94,6 +94,7 @@ class Finetune(nn.Module):
         for name in model.encoders:
             model.encoder(name).head = nn.Identity()  # only pretraining needs it
         self.model = model
+        self.pooling = config.pooling
         self.weights = {"cls": 1.0}
         self.frozen = False
         with torch.random.fork_rng(devices=[]):
@@ -123,7 +124,11 @@ class Finetune(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes) float32."""
         fused_TD, _ = self.model(batch)
-        return self.classifier(fused_TD.index_select(0, batch.fusion.cls_S)).float()
+        if self.pooling == "cls":
+            pooled_BD = fused_TD.index_select(0, batch.fusion.cls_S)
+        else:
+            pooled_BD = mean_tokens(fused_TD, batch).to(fused_TD.dtype)
+        return self.classifier(pooled_BD).float()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Total cross-entropy over labelled samples of weight > 0."""

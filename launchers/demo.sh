@@ -15,10 +15,10 @@ python -m etl build demo --raw raw/demo --lake lake
 python -m etl verify lake/gold/demo
 say "3/6 pretraining, ZeRO-2 on 2 ranks"
 deepspeed --num_accelerators 2 launchers/pretrain.py --deepspeed ds_configs/zero2.json --run $runs/pretrain
-say "4/6 fine-tuning from it: encoders frozen"
+say "4/6 fine-tuning from it, all parts trained"
 deepspeed --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
   --from $runs/pretrain --data lake/gold/demo --labels all --run $runs/finetuned
-say "5/6 the same model from scratch: nothing frozen"
+say "5/6 the same model from scratch"
 deepspeed --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
   --from none --data lake/gold/demo --labels all --run $runs/scratch
 say "6/6 evaluation and report"

@@ -66,7 +66,10 @@ class Modality(ABC, Generic[ContentT, InputT]):
 
     @abstractmethod
     def corrupt(self, content: ContentT, rng: np.random.Generator) -> np.ndarray:
-        """Boolean mask over the content's units (tokens, patches, cells); at least one unit is masked."""
+        """Which units (tokens, patches, cells) the masked view hides and predicts, at least one where there is one.
+
+        A boolean mask over the units, or what stands in their place (text).
+        """
 
     @abstractmethod
     def collate(

@@ -5,7 +5,7 @@ Shape suffixes: T packed tokens (all views), M masked tokens, N rows, D width, V
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lanistr.ops.masked_ce import linear_cross_entropy
 from lanistr.transforms import MEMBERS, TextSpec, read_npy
 
 HF_ATTENTION = "lanistr_packed"
+KEPT = -1  # in a corruption: this token is neither changed nor predicted
 
 
 class TextConfig(Strict):
@@ -28,7 +29,9 @@ class TextConfig(Strict):
     Attributes:
         pretrained: hub name or path of BERT weights; the sizes then come from there.
         max_tokens: longer texts are cut.
-        mask_ratio: share of tokens masked; special tokens never are. Masked tokens become [MASK] (paper, published code).
+        mask_ratio: share of tokens predicted; special tokens never are.
+        corruption: ``mask`` = every predicted token becomes [MASK] (paper, published code); ``bert`` = 80 % [MASK], 10 %
+            a random token, 10 % unchanged (Devlin et al. 2019), so that visible tokens must keep their identity.
         pooler: BERT's unused pooler, carried frozen by the ``official`` preset only.
     """
 
@@ -39,6 +42,7 @@ class TextConfig(Strict):
     intermediate: int = 3072
     max_tokens: int = Field(default=512, ge=3)
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
+    corruption: Literal["mask", "bert"] = "mask"
     pooler: bool = False
 
 
@@ -91,14 +95,22 @@ class TextModality(Modality[np.ndarray, TextInput]):
         return np.array([self.spec.unk_id])
 
     def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Bernoulli mask over tokens that are not special; at least one where there is one."""
+        """(T,) int64: what the masked view has in the place of each predicted token, `KEPT` elsewhere.
+
+        A Bernoulli draw over tokens that are not special; at least one where there is one.
+        """
+        replaced = np.full(len(content), KEPT)
         maskable = np.flatnonzero(~np.isin(content, self.special))
-        mask = np.zeros(len(content), dtype=bool)
         if len(maskable):
             draws = rng.random(len(maskable))
-            mask[maskable[draws < self.config.mask_ratio]] = True
-            mask[maskable[draws.argmin()]] = True
-        return mask
+            chosen = maskable[(draws < self.config.mask_ratio) | (draws == draws.min())]
+            replaced[chosen] = self.spec.mask_id
+            if self.config.corruption == "bert":
+                kind = rng.random(len(chosen))
+                replaced[chosen[kind < 0.2]] = content[chosen[kind < 0.2]]
+                random = chosen[kind < 0.1]
+                replaced[random] = rng.integers(self.spec.vocab_size, size=len(random))
+        return replaced
 
     def collate(
         self, contents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
@@ -110,13 +122,13 @@ class TextModality(Modality[np.ndarray, TextInput]):
             nothing = torch.zeros(0, dtype=torch.int64)
             inputs = TextInput(torch.from_numpy(clean), make_layout(lengths), nothing, nothing, torch.zeros(0))
             return Collated(inputs, lengths, 0.0)
-        mask = np.concatenate(masks)
-        positions = np.flatnonzero(mask)
+        replaced = np.concatenate(masks)
+        positions = np.flatnonzero(replaced != KEPT)
         token_weights = np.repeat(np.asarray(weights, dtype=np.float32), lengths)[positions]
         if not len(positions):  # only empty texts: one position of weight 0 keeps the head in the graph
             positions, token_weights = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
         inputs = TextInput(
-            ids_T=torch.from_numpy(np.concatenate([clean, np.where(mask, self.spec.mask_id, clean)])),
+            ids_T=torch.from_numpy(np.concatenate([clean, np.where(replaced == KEPT, clean, replaced)])),
             layout=make_layout([*lengths, *lengths]),
             masked_M=torch.from_numpy(positions + len(clean)),
             targets_M=torch.from_numpy(clean[positions]),

@@ -165,7 +165,7 @@ class SeriesTransformer(nn.Module):
         self.input = nn.Linear(channels, hidden)
         self.positions = nn.Parameter(torch.empty(config.max_steps, hidden).uniform_(-0.02, 0.02))
         self.blocks = nn.ModuleList(
-            Block(hidden, config.heads, config.intermediate, 1e-5, backend, pre_norm=False)
+            Block(hidden, config.heads, config.intermediate, 1e-5, backend, pre_norm=False, init_std=None)
             for _ in range(config.layers)
         )
 

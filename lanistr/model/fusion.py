@@ -24,7 +24,15 @@ class FusionEncoder(nn.Module):
         width = config.width
         self.cls = nn.Parameter(torch.zeros(1, width))
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.intermediate, config.norm_eps, backend, pre_norm=True)
+            Block(
+                width,
+                config.heads,
+                config.intermediate,
+                config.norm_eps,
+                backend,
+                pre_norm=True,
+                init_std=config.init_std,
+            )
             for _ in range(config.layers)
         )
         if config.zero_init:

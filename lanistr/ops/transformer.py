@@ -17,9 +17,21 @@ class Block(nn.Module):
         eps: of the layer norms.
         backend: of `lanistr.ops.attention`.
         pre_norm: normalise before each half (FLAVA's multimodal encoder) or after (Zerveas et al.).
+        init_std: of the weights (FLAVA's initialisation); None = as `torch.nn.TransformerEncoderLayer`, which Zerveas et
+            al. use.
     """
 
-    def __init__(self, width: int, heads: int, intermediate: int, eps: float, backend: str, pre_norm: bool):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        intermediate: int,
+        eps: float,
+        backend: str,
+        *,
+        pre_norm: bool,
+        init_std: float | None,
+    ):
         super().__init__()
         self.heads, self.backend, self.pre_norm = heads, backend, pre_norm
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -29,8 +41,13 @@ class Block(nn.Module):
         self.up = nn.Linear(width, intermediate)
         self.down = nn.Linear(intermediate, width)
         for layer in (self.qkv, self.out, self.up, self.down):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if init_std is not None:
+                nn.init.normal_(layer.weight, std=init_std)
+                nn.init.zeros_(layer.bias)
+        if init_std is None:
+            nn.init.xavier_uniform_(self.qkv.weight)
+            nn.init.zeros_(self.qkv.bias)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """(T, D) -> (T, D)."""

@@ -16,7 +16,6 @@ from transformers import BertModel
 
 from lanistr.modalities.base import Modality
 from lanistr.tasks import Pretrain
-from tests.model.support import SCHEMAS
 
 
 def dense_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
@@ -116,12 +115,11 @@ def oracle_terms(
 
 
 def _text(encoder: Any, _: Any, contents: Any, masks: Any) -> Any:
-    mask_id = SCHEMAS["text"].model_dump()["mask_id"]
-    corrupted = [np.where(m, mask_id, c) for c, m in zip(contents, masks, strict=True)]
+    corrupted = [np.where(m >= 0, m, c) for c, m in zip(contents, masks, strict=True)]
     clean, masked = text_hidden(encoder, contents), text_hidden(encoder, corrupted)
     losses = []
     for h, c, m in zip(masked, contents, masks, strict=True):
-        for position in np.flatnonzero(m):
+        for position in np.flatnonzero(m >= 0):
             y = encoder.head.norm(nn.functional.gelu(encoder.head.dense(h[position])))
             losses.append(-encoder.head.decoder(y).log_softmax(-1)[c[position]])
     return (clean, masked), torch.stack(losses).mean()
