@@ -31,11 +31,22 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--lake", type=Path, required=True, help="folder to build into")
     build.add_argument("--refit", action="store_true", help="fit statistics and vocabularies anew")
     build.add_argument("--workers", type=int, default=2, help="encoding processes (the bytes do not depend on it)")
+    build.add_argument("--max-bad", type=_share, default=1.0, help="stop if more than this share of records is bad")
     build.set_defaults(run=_build)
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
     verify.set_defaults(run=_verify)
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a share between 0 and 1, for example 0.01")
+    return share
 
 
 def _rates(text: str) -> dict[str, float]:
@@ -66,7 +77,15 @@ def _build(arguments: argparse.Namespace) -> None:
     loaded = recipe.load(arguments.recipe)
     if not arguments.raw.is_dir():
         raise ValueError(f"--raw {arguments.raw}: no such folder")
-    print(build(loaded, arguments.raw, arguments.lake, refit=arguments.refit, workers=arguments.workers))
+    made = build(
+        loaded,
+        arguments.raw,
+        arguments.lake,
+        refit=arguments.refit,
+        workers=arguments.workers,
+        max_bad=arguments.max_bad,
+    )
+    print(made)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 
-def build(recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers: int = 1) -> Path:
+def build(
+    recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers: int = 1, max_bad: float = 1.0
+) -> Path:
     """Build a gold dataset; returns its folder, ``lake/gold/<name>``.
 
     Args:
@@ -39,9 +41,11 @@ def build(recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers
         lake: folder of bronze, silver, gold, quarantine, fit.
         refit: fit anew although an earlier build left a fit.
         workers: processes that encode; the bytes do not depend on it.
+        max_bad: stop where more than this share of the raw records was set aside.
 
     Raises:
-        ValueError: anything that a user can put right.
+        ValueError: anything that a user can put right. Where too much was set aside, ``lake/quarantine/<name>`` is
+            written nevertheless: it says what.
     """
     source = recipe.source
     reader = table if isinstance(source, TableSource) else amazon2018
@@ -52,6 +56,7 @@ def build(recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers
         quarantine = Quarantine(con)
         say(f"bronze: {len(files)} raw files registered")
         samples = reader.read(con, quarantine, files, recipe, raw)
+        _stop_if_dirty(quarantine, max_bad, work, lake / "quarantine" / recipe.name)
         _split_and_require(con, recipe, samples)
         for name, count in samples.counts.items():
             say(f"silver: {name}: {count:,}")
@@ -61,11 +66,24 @@ def build(recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers
             fit.save(work / "fit")
         gold = work / "gold"
         _write_gold(con, quarantine, recipe, samples, fit, raw, gold, workers, files)
+        _stop_if_dirty(quarantine, max_bad, work, lake / "quarantine" / recipe.name)
         quarantine.write(work / "quarantine")
         con.close()
         for room in ("bronze", "silver", "quarantine", "fit", "gold"):
             _publish(work / room, lake / room / recipe.name)
     return lake / "gold" / recipe.name
+
+
+def _stop_if_dirty(quarantine: Quarantine, max_bad: float, work: Path, target: Path) -> None:
+    bad = quarantine.total()
+    if bad <= max_bad * quarantine.records:
+        return
+    quarantine.write(work / "quarantine")
+    _publish(work / "quarantine", target)
+    most = ", ".join(f"{reason} ({n:,})" for reason, n in list(quarantine.by_reason().items())[:3])
+    raise ValueError(
+        f"{bad:,} of {quarantine.records:,} raw records are bad, more than --max-bad {max_bad:g}: {most}; see {target}"
+    )
 
 
 def say(line: str) -> None:

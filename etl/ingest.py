@@ -9,6 +9,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 MAX_LINE = 64 << 20
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ def connect(folder: Path) -> "DuckDBPyConnection":
 
 
 def register(raw: Path, name: str) -> RawFile:
-    """Hash a raw file and, if it is gzip, prove that it is whole.
+    """Hash a raw file and, if it is compressed, prove that it is whole.
 
     Raises:
-        ValueError: no such file, or a truncated or corrupt gzip.
+        ValueError: no such file, or a truncated or corrupt .gz or .zst.
     """
     path = raw / name
     if not path.is_file():
@@ -56,15 +58,23 @@ def register(raw: Path, name: str) -> RawFile:
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    if path.suffix == ".gz":
-        try:
-            with gzip.open(path) as unpacked:
-                while unpacked.read(CHUNK):
-                    pass
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: truncated or corrupt gzip ({error}); fetch it again") from None
+    _prove_whole(path)
     stat = path.stat()
     return RawFile(name, path, stat.st_size, int(stat.st_mtime), digest.hexdigest())
+
+
+def _prove_whole(path: Path) -> None:
+    if path.suffix not in COMPRESSED:
+        return
+    import pyarrow
+
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else pyarrow.input_stream(path, compression="zstd") as unpacked:
+            while unpacked.read(CHUNK):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        kind = COMPRESSED[path.suffix]
+        raise ValueError(f"{path}: truncated or corrupt {kind} ({error}); fetch it again") from None
 
 
 def load(
@@ -80,7 +90,7 @@ def load(
     Args:
         con: connection.
         quarantine: takes the bad records.
-        file: parquet, csv[.gz] or jsonl/json[.gz] (one object per line).
+        file: parquet; csv, tsv or jsonl/json/ndjson (one object per line), each plain, .gz or .zst.
         table: to make.
         columns: needed ones.
         optional: null where the file does not have them.
@@ -91,18 +101,22 @@ def load(
     Raises:
         ValueError: an unknown kind of file, or a missing column (names those that are there).
     """
-    suffix = file.path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    plain = file.path.with_suffix("") if file.path.suffix in COMPRESSED else file.path
+    suffix = plain.suffix.removeprefix(".").lower()
     readers = {
         "parquet": _parquet,
-        "csv": _csv,
+        "csv": partial(_csv, delimiter=","),
+        "tsv": partial(_csv, delimiter="\t"),
         "jsonl": _json_lines,
         "json": _json_lines,
         "ndjson": _json_lines,
     }
     if suffix not in readers:
         raise ValueError(
-            f"{file.path}: unknown kind of file .{suffix}; allowed are {', '.join(readers)}, csv and json also .gz"
+            f"{file.path}: unknown kind of file .{suffix}; allowed are {', '.join(readers)}, all but parquet also .gz "
+            "and .zst"
         )
+    before = quarantine.total()
     there = readers[suffix](con, quarantine, file)
     missing = [name for name in columns if name not in there]
     if missing:
@@ -113,7 +127,9 @@ def load(
     ]
     con.execute(f"create table {table} as select {', '.join(picked)}, {literal(file.name)} as _file, _row from good")
     con.execute("drop table good")
-    return con.execute(f"select count(*) from {table}").fetchall()[0][0]
+    rows = con.execute(f"select count(*) from {table}").fetchall()[0][0]
+    quarantine.records += rows + quarantine.total() - before
+    return rows
 
 
 def _parquet(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile) -> dict[str, str]:
@@ -128,17 +144,17 @@ def _parquet(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile) -
     return _as_text(con)
 
 
-def _csv(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile) -> dict[str, str]:
+def _csv(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile, delimiter: str) -> dict[str, str]:
     import duckdb
 
     try:
         con.execute(
             f"create table good as select *, row_number() over () as _row from read_csv({literal(file.path)}, header = true, "
-            "all_varchar = true, delim = ',', quote = '\"', escape = '\"', store_rejects = true, "
+            f"all_varchar = true, delim = {literal(delimiter)}, quote = '\"', escape = '\"', store_rejects = true, "
             "rejects_table = 'csv_rejects', rejects_scan = 'csv_scans')"
         )
     except duckdb.Error as error:
-        raise ValueError(f"{file.path}: not readable as csv: {_first_line(error)}") from None
+        raise ValueError(f"{file.path}: not readable as a delimited table: {_first_line(error)}") from None
     quarantine.add(
         file.name,
         f"select distinct {literal(file.name)} as file, line, 'csv: ' || lower(error_type::varchar) as reason, csv_line as raw "

@@ -14,10 +14,14 @@ class Quarantine:
 
     ``part`` names the Parquet that a row goes to (a raw table, or ``images``), ``line`` is the 1-based line or record
     number in ``file`` (0: the file itself), ``raw`` the record's beginning.
+
+    Attributes:
+        records: raw records read so far, good and bad.
     """
 
     def __init__(self, con: "DuckDBPyConnection"):
         self.con = con
+        self.records = 0
         con.execute("create table quarantine (part varchar, file varchar, line bigint, reason varchar, raw varchar)")
 
     def add(self, part: str, select: str) -> int:

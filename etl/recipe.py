@@ -50,7 +50,8 @@ class TableSource(Strict):
     """Any user's own tables: a main table with one row per sample, and optional side tables and images.
 
     Attributes:
-        main: ``.parquet``, ``.csv[.gz]`` or ``.jsonl[.gz]``, relative to the raw folder, as all files here.
+        main: ``.parquet``; ``.csv``, ``.tsv`` or ``.jsonl``, each plain, ``.gz`` or ``.zst``. Relative to the raw folder,
+            as all files here.
         id: column that identifies a row of ``main``.
         group: column whose values never straddle splits (a patient, a customer); ``id`` where absent.
         label: column with the class; a null is an unlabelled sample.

@@ -47,7 +47,6 @@ class FusionConfig(Strict):
     heads: int = 12
     intermediate: int = 3072
     norm_eps: float = 1e-12
-    dropout: float = 0.0
     init_std: float = Field(default=0.02, gt=0)
     zero_init: bool = False
     pooler: bool = False
@@ -130,6 +129,7 @@ class FinetuneConfig(OptimizerConfig):
         pooling: what the classifier sees: the fusion ``cls`` token (paper), or the ``mean`` of a sample's fused tokens.
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
+        modality_dropout: chance per sample and epoch that a present modality is hidden in training.
         patience: evaluations on validation without improvement before stopping; None = never.
         eval_every: epochs between evaluations on validation.
     """
@@ -139,6 +139,7 @@ class FinetuneConfig(OptimizerConfig):
     pooling: Literal["cls", "mean"] = "cls"
     hidden: int = 256
     dropout: float = 0.0
+    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     patience: int | None = None
     eval_every: int = Field(default=1, ge=1)
 

@@ -1,7 +1,7 @@
 """Samples -> batches: corruption masks, dummies, packing, and the order of the plan."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,13 @@ class Collator:
 
     Attributes:
         views: 2 = clean and masked (pretraining), 1 = clean.
+        modality_dropout: chance that a present modality is treated as absent; a sample that would lose all keeps all.
     """
 
     modalities: Mapping[str, Modality[Any, Any]]
     views: int
     seed: int
+    modality_dropout: float = 0.0
 
     def __call__(self, samples: Sequence[Sample], weights: Sequence[float], epoch: int) -> Batch:
         """Collate at least one sample.
@@ -37,6 +39,8 @@ class Collator:
             weights: 0 for the padding samples of evaluation.
             epoch: draws new masks.
         """
+        if self.modality_dropout:
+            samples = [self._drop(sample, epoch) for sample in samples]
         weights_B = np.asarray(weights, dtype=np.float32)
         inputs: dict[str, Any] = {}
         samples_with_weight = float((weights_B > 0).sum())
@@ -63,6 +67,12 @@ class Collator:
             fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views),
             counts=counts,
         )
+
+    def _drop(self, sample: Sample, epoch: int) -> Sample:
+        draws = philox("drop", self.seed, epoch, sample.key).random(len(self.modalities))
+        dropped = {name for name, draw in zip(self.modalities, draws, strict=True) if draw < self.modality_dropout}
+        kept = {name: content for name, content in sample.contents.items() if name not in dropped}
+        return replace(sample, contents=kept) if kept else sample
 
     def _collate(
         self, name: str, modality: Modality[Any, Any], present: list[Sample], weights: np.ndarray, epoch: int

@@ -127,7 +127,7 @@ def finetune(
     dataset = GoldDataset(data, "train", modalities, recipe.data.crc)
     loader = TrainLoader(
         dataset,
-        Collator(modalities, views=1, seed=config.seed),
+        Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout),
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
         ranks=world,

@@ -164,3 +164,26 @@ def test_a_dataset_can_be_sent_to_a_worker(gold: Path) -> None:
     dataset = GoldDataset(gold, "train", make_modalities())
     dataset.read(0)
     assert pickle.loads(pickle.dumps(dataset)).read(0).key == dataset.read(0).key
+
+
+def test_modality_dropout_hides_at_its_rate_depends_on_nothing_but_the_sample_and_never_hides_all(gold: Path) -> None:
+    modalities = make_modalities()
+    dataset = GoldDataset(gold, "train", modalities)
+    samples = [dataset.read(i) for i in range(40)]
+    plain = Collator(modalities, views=1, seed=0)
+    dropping = Collator(modalities, views=1, seed=0, modality_dropout=0.4)
+
+    def lengths(collator: Collator, chosen: list[Any], epoch: int) -> list[int]:
+        layout = collator(chosen, [1.0] * len(chosen), epoch).fusion.layout
+        return layout.cu_seqlens.diff().tolist()[: len(chosen)]
+
+    together = lengths(dropping, samples, 0)
+    assert together == [lengths(dropping, [sample], 0)[0] for sample in samples]
+    assert together != lengths(dropping, samples, 1)
+    full = lengths(plain, samples, 0)
+    assert all(1 <= a <= b for a, b in zip(together, full, strict=True))
+    assert all(a > 1 for a, b in zip(together, full, strict=True) if b > 1)
+    kept = [
+        len(dropping._drop(s, e).contents) / len(s.contents) for e in range(50) for s in samples if len(s.contents) == 4
+    ]
+    assert abs(np.mean(kept) - 0.6) < 0.05

@@ -221,6 +221,42 @@ def test_bad_records_are_set_aside_with_line_and_reason(raw: Path, tmp_path: Pat
     assert len(samples_of(gold)) == N
 
 
+@pytest.mark.parametrize("packing", [".tsv", ".csv.zst", ".tsv.gz"])
+def test_packed_and_tab_separated_tables_give_the_same_samples(packing: str, raw: Path, tmp_path: Path) -> None:
+    expected = samples_of(build(recipe_of(), raw, tmp_path / "a"))
+    plain = gzip.decompress((raw / "items.csv.gz").read_bytes())
+    plain = plain.replace(b",", b"\t") if ".tsv" in packing else plain
+    name = f"items{packing}"
+    packed = {".gz": gzip.compress, ".zst": lambda b: pa.Codec("zstd").compress(b, asbytes=True)}
+    (raw / name).write_bytes(packed.get(Path(name).suffix, bytes)(plain))
+    source = {**RECIPE["source"], "main": name}
+    found = samples_of(build(recipe_of(source=source), raw, tmp_path / "b"))
+    assert found.keys() == expected.keys()
+    members = [m for m in next(iter(expected.values())) if not m.startswith("__") and m != "meta.json"]
+    assert all(found[key].get(m) == expected[key].get(m) for key in expected for m in members)
+
+
+def test_a_truncated_zst_is_one_line(raw: Path, tmp_path: Path) -> None:
+    packed = pa.Codec("zstd").compress(np.random.default_rng(0).bytes(50_000), asbytes=True)
+    (raw / "items.csv.zst").write_bytes(packed[:20_000])
+    with pytest.raises(ValueError, match=r"items\.csv\.zst: truncated or corrupt zstd"):
+        build(recipe_of(source={**RECIPE["source"], "main": "items.csv.zst"}), raw, tmp_path / "lake")
+
+
+def test_too_many_bad_records_stop_the_run_and_leave_their_quarantine(raw: Path, tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    gold = build(recipe_of(), raw, lake)
+    before = bytes_of(gold)
+    notes = gzip.decompress((raw / "notes.jsonl.gz").read_bytes()).decode().splitlines()
+    notes[3] = notes[7] = "{"
+    (raw / "notes.jsonl.gz").write_bytes(gzip.compress("\n".join(notes).encode()))
+    with pytest.raises(ValueError, match=r"2 of .* raw records are bad, more than --max-bad 0\.001: not a JSON object"):
+        build(recipe_of(), raw, lake, max_bad=0.001)
+    assert bytes_of(gold) == before
+    assert pq.read_table(lake / "quarantine" / "toy" / "notes.jsonl.gz.parquet").num_rows == 2
+    assert build(recipe_of(), raw, lake, max_bad=0.1) == gold
+
+
 def test_an_image_name_cannot_leave_the_raw_folder(raw: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
     table = pa.table({"id": [f"r{i}" for i in range(60)], "path": ["../secret.jpg"] * 60, "weight": [1.0] * 60})
