@@ -30,7 +30,8 @@ def accuracy(source: str, arguments: argparse.Namespace, seed: int, run: Path) -
     zero = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json")]
     _run([sys.executable, "launchers/finetune.py", *zero, *shared, *tune, *epochs], run)
     _run([sys.executable, "launchers/evaluate.py", "--run", str(run), "--data", str(arguments.data)], run)
-    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+    result = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return result["metrics"]["accuracy"]["value"]
 
 
 def _run(command: list[str], run: Path) -> None:

@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
     verify.set_defaults(run=_verify)
+    stats = commands.add_parser("stats", help="splits, missingness, labels, lengths, lineage of a gold dataset")
+    stats.add_argument("gold", type=Path)
+    stats.set_defaults(run=_stats)
     return parser
 
 
@@ -92,6 +95,12 @@ def _verify(arguments: argparse.Namespace) -> None:
     from etl.verify import verify
 
     print("\n".join(verify(arguments.gold)))
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from etl.stats import stats
+
+    print(stats(arguments.gold))
 
 
 if __name__ == "__main__":
