@@ -39,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     stats = commands.add_parser("stats", help="splits, missingness, labels, lengths, lineage of a gold dataset")
     stats.add_argument("gold", type=Path)
     stats.set_defaults(run=_stats)
+    preview = commands.add_parser("preview", help="one self-contained page with sample cards and plots")
+    preview.add_argument("gold", type=Path)
+    preview.add_argument("--out", type=Path, required=True, help="HTML file")
+    preview.add_argument("--cards", type=int, default=24, help="samples shown")
+    preview.set_defaults(run=_preview)
     return parser
 
 
@@ -101,6 +106,15 @@ def _stats(arguments: argparse.Namespace) -> None:
     from etl.stats import stats
 
     print(stats(arguments.gold))
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    from etl.preview import preview
+
+    if arguments.cards < 0:
+        raise ValueError(f"--cards {arguments.cards}: at least 0")
+    preview(arguments.gold, arguments.out, arguments.cards)
+    print(arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def stats(gold: Path) -> str:
         ValueError: not a gold dataset, or an index is missing.
     """
     manifest = Manifest.load(gold)
-    samples = _read(gold, manifest)
+    samples = read_indices(gold, manifest)
     blocks = [
         f"{manifest.name}  {manifest.content_id[:16]}",
         _splits(samples, manifest),
@@ -42,17 +42,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
-def _read(gold: Path, manifest: Manifest) -> pl.DataFrame:
-    columns = ["group_hash", "presence", "label", *(f"length/{name}" for name in manifest.modalities)]
+def read_indices(gold: Path, manifest: Manifest) -> pl.DataFrame:
+    """All index rows, with ``split`` and ``shard`` (the tar's path in the dataset).
+
+    Raises:
+        ValueError: an index is missing.
+    """
     frames = []
     for shard in manifest.shards:
         if not (gold / shard.index).is_file():
             raise ValueError(f"{gold / shard.index}: missing, but the manifest names it")
-        frames.append(pl.read_parquet(gold / shard.index, columns=columns).with_columns(split=pl.lit(shard.split)))
+        rows = pl.read_parquet(gold / shard.index).drop("tab")
+        frames.append(rows.with_columns(split=pl.lit(shard.split), shard=pl.lit(shard.path)))
     return pl.concat(frames)
 
 
-def _share(n: int, of: int) -> str:
+def share(n: int, of: int) -> str:
+    """A percentage."""
     return f"{n / of:.1%}" if of else "-"
 
 
@@ -73,9 +79,9 @@ def _patterns(samples: pl.DataFrame, manifest: Manifest) -> str:
     rows = []
     for mask, n in counts.iter_rows():
         marks = ["x" if mask & manifest.bit(name) else "." for name in names]
-        rows.append(["pattern", *marks, f"{n:,}", _share(n, samples.height)])
+        rows.append(["pattern", *marks, f"{n:,}", share(n, samples.height)])
     present = [samples.filter((pl.col("presence") & manifest.bit(name)) != 0).height for name in names]
-    rows.append(["missing", *(_share(samples.height - n, samples.height) for n in present), "", ""])
+    rows.append(["missing", *(share(samples.height - n, samples.height) for n in present), "", ""])
     return table(["modalities", *names, "samples", "share"], rows)
 
 
@@ -88,7 +94,7 @@ def _labels(samples: pl.DataFrame, manifest: Manifest) -> str:
         for split in SPLITS:
             part = samples.filter(pl.col("split") == split)
             n = part.filter(pl.col("label") == label).height
-            row += [f"{n:,}", _share(n, part.height)]
+            row += [f"{n:,}", share(n, part.height)]
         rows.append(row)
     return table(["label", *(head for split in SPLITS for head in (split, ""))], rows)
 
