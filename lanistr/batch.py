@@ -86,12 +86,16 @@ class FusionIndex:
         layout: of views * B sequences.
         cls_S: fusion row of each sequence's [CLS].
         token_weight_T: of one view: sample weight / number of tokens of the sample.
+        slot_T: of one view: sample * (1 + modalities) + source of each row; source 0 is [CLS], i + 1 the i-th modality.
+        slot_weight_T: of one view: 1 / rows in the row's slot.
     """
 
     gather_T: Tensor
     layout: Layout
     cls_S: Tensor
     token_weight_T: Tensor
+    slot_T: Tensor
+    slot_weight_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,12 @@ def make_fusion_index(
         views: 1 or 2.
     """
     size = len(weights_B)
+    rows_in_slot = np.zeros((size, 1 + len(rows)), dtype=np.int64)
+    rows_in_slot[:, 0] = 1
     pieces: list[list[np.ndarray]] = [[np.zeros(1, dtype=np.int64)] for _ in range(size * views)]
     start = 1  # row 0 of the pool is [CLS]
-    for counts, sample_of, pool in zip(token_counts, rows, pool_sizes, strict=True):
+    for source, (counts, sample_of, pool) in enumerate(zip(token_counts, rows, pool_sizes, strict=True), 1):
+        np.add.at(rows_in_slot[:, source], sample_of, counts)
         offsets = np.concatenate([[0], np.cumsum(counts)])[:-1]
         for view in range(views):
             for row, sample in enumerate(sample_of):
@@ -226,9 +233,12 @@ def make_fusion_index(
     lengths = [sum(map(len, p)) for p in pieces]
     layout = make_layout(lengths)
     per_sample = np.asarray(lengths[:size])
+    slots = np.repeat(np.arange(rows_in_slot.size), rows_in_slot.ravel())
     return FusionIndex(
         gather_T=torch.from_numpy(np.concatenate([piece for p in pieces for piece in p])),
         layout=layout,
         cls_S=layout.cu_seqlens[:-1].long(),
         token_weight_T=torch.from_numpy(np.repeat(weights_B / per_sample, per_sample).astype(np.float32)),
+        slot_T=torch.from_numpy(slots),
+        slot_weight_T=torch.from_numpy((1 / rows_in_slot.ravel()[slots]).astype(np.float32)),
     )

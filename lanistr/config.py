@@ -126,7 +126,8 @@ class FinetuneConfig(OptimizerConfig):
         freeze: ``encoders`` = unimodal encoders frozen and in eval mode (paper); ``none`` = everything trained.
         transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
             start afresh: for runs whose fusion has collapsed).
-        pooling: what the classifier sees: the fusion ``cls`` token (paper), or the ``mean`` of a sample's fused tokens.
+        pooling: what the classifier sees: the fusion ``cls`` token (paper), the ``mean`` of a sample's fused tokens, or
+            ``modalities``: [CLS] and the mean of each modality's fused tokens side by side (zeros where absent).
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         modality_dropout: chance per sample and epoch that a present modality is hidden in training.
@@ -136,7 +137,7 @@ class FinetuneConfig(OptimizerConfig):
 
     freeze: Literal["encoders", "none"] = "encoders"
     transfer: Literal["all", "encoders"] = "all"
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Literal["cls", "mean", "modalities"] = "cls"
     hidden: int = 256
     dropout: float = 0.0
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -82,8 +82,16 @@ def mean_tokens(fused_TD: Tensor, batch: Batch) -> Tensor:
     return weighted_TD.new_zeros(batch.size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
 
 
+def mean_by_modality(fused_TD: Tensor, batch: Batch, modalities: int) -> Tensor:
+    """[CLS] and the mean of each modality's fused tokens in one view, (B, (1 + modalities) * D); absent = zeros."""
+    slots = batch.size * (1 + modalities)
+    weighted_TD = fused_TD.float() * batch.fusion.slot_weight_T[:, None]
+    means = weighted_TD.new_zeros(slots, fused_TD.shape[1]).index_add(0, batch.fusion.slot_T, weighted_TD)
+    return means.view(batch.size, -1)
+
+
 class Finetune(nn.Module):
-    """Classification: an MLP on the fusion [CLS], or on the mean of the fused tokens.
+    """Classification: an MLP on the fusion [CLS], or on means of the fused tokens.
 
     Attributes:
         weights: ``{"cls": 1}``.
@@ -97,10 +105,11 @@ class Finetune(nn.Module):
         self.pooling = config.pooling
         self.weights = {"cls": 1.0}
         self.frozen = False
+        sources = 1 + len(model.encoders) if config.pooling == "modalities" else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
             self.classifier = nn.Sequential(
-                nn.Linear(width, config.hidden),
+                nn.Linear(width * sources, config.hidden),
                 nn.GELU(),
                 nn.Dropout(config.dropout),
                 nn.Linear(config.hidden, classes),
@@ -126,8 +135,10 @@ class Finetune(nn.Module):
         fused_TD, _ = self.model(batch)
         if self.pooling == "cls":
             pooled_BD = fused_TD.index_select(0, batch.fusion.cls_S)
-        else:
+        elif self.pooling == "mean":
             pooled_BD = mean_tokens(fused_TD, batch).to(fused_TD.dtype)
+        else:
+            pooled_BD = mean_by_modality(fused_TD, batch, len(self.model.encoders)).to(fused_TD.dtype)
         return self.classifier(pooled_BD).float()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
