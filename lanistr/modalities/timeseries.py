@@ -1,11 +1,12 @@
-"""Time series: a transformer encoder with learnable positions (Zerveas et al. 2021) over packed steps.
+"""Time series: a transformer encoder (Zerveas et al. 2021) over packed steps.
 
 Shape suffixes: T packed steps (all views), t packed steps of one view, C channels, G channel groups, D width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ class SeriesConfig(Strict):
 
     Attributes:
         hidden: model width; None = the number of channels, as the published code has it.
+        positions: ``learnable`` from +-0.02 (paper), or ``fixed`` sinusoids of amplitude 1; Zerveas et al. have both.
+            The small start hides time from short trainings (DECISIONS.md).
         mask_ratio: share of a variable's steps masked, in geometric runs of mean length ``mask_length``.
     """
 
@@ -32,6 +35,7 @@ class SeriesConfig(Strict):
     heads: int = 4
     intermediate: int = 3072
     max_steps: int = Field(default=48, ge=1)
+    positions: Literal["learnable", "fixed"] = "learnable"
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     mask_length: float = Field(default=3.0, ge=1)
 
@@ -156,14 +160,24 @@ class SeriesModality(Modality[Series, SeriesInput]):
         return SeriesEncoder(self.config, len(self.mean), width, attention)
 
 
+def sinusoids(steps: int, width: int) -> Tensor:
+    """(steps, width) float32 position table of Vaswani et al. (2017), section 3.5: sines, then cosines."""
+    frequency_F = torch.exp(torch.arange((width + 1) // 2) * (-2 * math.log(1e4) / width))
+    angle_SF = torch.arange(steps)[:, None] * frequency_F
+    return torch.cat([angle_SF.sin(), angle_SF.cos()], dim=1)[:, :width]
+
+
 class SeriesTransformer(nn.Module):
-    """Input projection, learnable positions, post-norm transformer layers."""
+    """Input projection, positions, post-norm transformer layers."""
 
     def __init__(self, config: SeriesConfig, channels: int, backend: str):
         super().__init__()
         hidden = config.hidden or channels
         self.input = nn.Linear(channels, hidden)
-        self.positions = nn.Parameter(torch.empty(config.max_steps, hidden).uniform_(-0.02, 0.02))
+        if config.positions == "fixed":
+            self.register_buffer("positions", sinusoids(config.max_steps, hidden), persistent=False)
+        else:
+            self.positions = nn.Parameter(torch.empty(config.max_steps, hidden).uniform_(-0.02, 0.02))
         self.blocks = nn.ModuleList(
             Block(hidden, config.heads, config.intermediate, 1e-5, backend, pre_norm=False, init_std=None)
             for _ in range(config.layers)
