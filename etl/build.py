@@ -19,9 +19,9 @@ from etl import split
 from etl.fit import TOKENIZER, Fit, make_fit
 from etl.ingest import RawFile, connect, register
 from etl.quarantine import Quarantine, column, literal
-from etl.recipe import Recipe, TableSource
+from etl.recipe import Recipe
 from etl.shards import EncodedSample, Encoder, RawSample, encode_all, write_shard
-from etl.sources import amazon2018, table
+from etl.sources.registry import SOURCES
 from etl.sources.samples import Samples
 from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, Tokenizer, sample_key
 from lanistr.transforms import MEMBERS
@@ -48,9 +48,8 @@ def build(
             written nevertheless: it says what.
     """
     source = recipe.source
-    reader = table if isinstance(source, TableSource) else amazon2018
-    names = table.raw_files(source) if isinstance(source, TableSource) else amazon2018.raw_files(source)
-    files = {name: register(raw, name) for name in names}
+    reader = SOURCES[source.kind]
+    files = {name: register(raw, name) for name in reader.raw_files(source)}
     with _workspace(lake, recipe.name) as work:
         con = connect(work)
         quarantine = Quarantine(con)
