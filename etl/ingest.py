@@ -84,6 +84,7 @@ def load(
     table: str,
     columns: list[str],
     optional: tuple[str, ...] = (),
+    where: str = "true",
 ) -> int:
     """Read ``columns`` of a raw file as text into ``table``, with ``_file`` and ``_row`` (1-based); "" becomes null.
 
@@ -94,9 +95,10 @@ def load(
         table: to make.
         columns: needed ones.
         optional: null where the file does not have them.
+        where: SQL condition on the file's columns (as text): other rows are never stored. Not for json lines.
 
     Returns:
-        Good rows.
+        Good rows that were kept.
 
     Raises:
         ValueError: an unknown kind of file, or a missing column (names those that are there).
@@ -104,9 +106,9 @@ def load(
     plain = file.path.with_suffix("") if file.path.suffix in COMPRESSED else file.path
     suffix = plain.suffix.removeprefix(".").lower()
     readers = {
-        "parquet": _parquet,
-        "csv": partial(_csv, delimiter=","),
-        "tsv": partial(_csv, delimiter="\t"),
+        "parquet": partial(_parquet, where=where),
+        "csv": partial(_csv, delimiter=",", where=where),
+        "tsv": partial(_csv, delimiter="\t", where=where),
         "jsonl": _json_lines,
         "json": _json_lines,
         "ndjson": _json_lines,
@@ -132,26 +134,30 @@ def load(
     return rows
 
 
-def _parquet(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile) -> dict[str, str]:
+def _parquet(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile, where: str) -> dict[str, str]:
     import duckdb
 
     try:
         con.execute(
-            f"create table good as select *, row_number() over () as _row from read_parquet({literal(file.path)})"
+            f"create table good as from (select *, row_number() over () as _row from read_parquet({literal(file.path)})) "
+            f"where {where}"
         )
     except duckdb.Error as error:
         raise ValueError(f"{file.path}: not readable as parquet: {_first_line(error)}") from None
     return _as_text(con)
 
 
-def _csv(con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile, delimiter: str) -> dict[str, str]:
+def _csv(
+    con: "DuckDBPyConnection", quarantine: Quarantine, file: RawFile, delimiter: str, where: str
+) -> dict[str, str]:
     import duckdb
 
     try:
         con.execute(
-            f"create table good as select *, row_number() over () as _row from read_csv({literal(file.path)}, header = true, "
-            f"all_varchar = true, delim = {literal(delimiter)}, quote = '\"', escape = '\"', store_rejects = true, "
-            "rejects_table = 'csv_rejects', rejects_scan = 'csv_scans')"
+            f"create table good as from (select *, row_number() over () as _row from read_csv({literal(file.path)}, "
+            f"header = true, all_varchar = true, delim = {literal(delimiter)}, quote = '\"', escape = '\"', "
+            "store_rejects = true, rejects_table = 'csv_rejects', rejects_scan = 'csv_scans')) "
+            f"where {where}"
         )
     except duckdb.Error as error:
         raise ValueError(f"{file.path}: not readable as a delimited table: {_first_line(error)}") from None
