@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import cross_entropy, glu, relu
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
 from lanistr.ops.ghost_norm import GhostBatchNorm
+from lanistr.ops.sparsemax import sparsemax
 from lanistr.transforms import MEMBERS, MISSING_ID, CategoricalColumn, NumericColumn, TabularSpec, read_npy
 
 
@@ -161,7 +162,6 @@ class TabNet(nn.Module):
 
     offsets_C: Tensor
     column_of_X: Tensor
-    groups_KX: Tensor
 
     def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int]):
         super().__init__()
@@ -175,7 +175,6 @@ class TabNet(nn.Module):
         offsets = np.concatenate([[0], np.cumsum(cardinality)])[:-1].astype(np.int64)
         self.register_buffer("offsets_C", torch.from_numpy(offsets), persistent=False)
         self.register_buffer("column_of_X", torch.tensor(columns), persistent=False)
-        self.register_buffer("groups_KX", groups_KX, persistent=False)
         self.blocks: Any = TabNetEncoder(
             input_dim=len(columns),
             output_dim=1,
@@ -194,21 +193,38 @@ class TabNet(nn.Module):
         embedded = self.embedding(inputs.categories_NC + self.offsets_C).flatten(1)
         return torch.cat([inputs.numeric_NR.to(embedded.dtype), embedded], dim=1)
 
-    def forward(self, x_NX: Tensor) -> Tensor:
-        """(N, S, D): ReLU outputs of every decision step."""
-        blocks = self.blocks
-        x_NX = blocks.initial_bn(x_NX)
-        groups_KX = self.groups_KX.to(x_NX.dtype)
-        prior_NK = x_NX.new_ones(len(x_NX), len(groups_KX))
-        attended = blocks.initial_splitter(x_NX)[:, self.width :]
+    def forward(self, x_NX: Tensor, prior_NK: Tensor, views: int, batch_statistics: bool) -> Tensor:
+        """ReLU outputs of every decision step.
+
+        Args:
+            x_NX: embedded rows of all views; hidden columns are zero.
+            prior_NK: 1 where a column may be attended to at first, 0 where the view hides it (Arik and Pfister,
+                section 3.4: the mask starts as 1 - S).
+            views, batch_statistics: of the norms, see `GhostBatchNorm`.
+
+        Returns:
+            (N, S, D).
+        """
+        blocks, stats = self.blocks, (views, batch_statistics)
+        x_NX = blocks.initial_bn(x_NX, *stats)
+        attended = feature_transformer(blocks.initial_splitter, x_NX, *stats)[:, self.width :]
         steps = []
         for transformer, attention in zip(blocks.feat_transformers, blocks.att_transformers, strict=True):
-            mask_NK = attention(prior_NK, attended)
+            mask_NK = sparsemax(attention.bn(attention.fc(attended), *stats) * prior_NK)
             prior_NK = (self.gamma - mask_NK) * prior_NK
-            out = transformer((mask_NK @ groups_KX) * x_NX)
-            steps.append(relu(out[:, : self.width]))
-            attended = out[:, self.width :]
+            out = feature_transformer(transformer, mask_NK.index_select(1, self.column_of_X) * x_NX, *stats)
+            step_ND, attended = out.split(self.width, dim=1)
+            steps.append(relu(step_ND))
         return torch.stack(steps, dim=1)
+
+
+def feature_transformer(transformer: Any, x_NX: Tensor, views: int, batch_statistics: bool) -> Tensor:
+    """Shared, then specific gated linear units with residuals: pytorch_tabnet's `FeatTransformer` in fewer operations."""
+    for block in (transformer.shared, transformer.specifics):
+        for i, layer in enumerate(block.glu_layers):
+            out = glu(layer.bn(layer.fc(x_NX), views, batch_statistics))
+            x_NX = out if block.first and i == 0 else (x_NX + out) * 0.5**0.5
+    return x_NX
 
 
 def replace_norms(module: nn.Module, config: TabularConfig) -> None:
@@ -217,21 +233,13 @@ def replace_norms(module: nn.Module, config: TabularConfig) -> None:
 
     for name, child in module.named_children():
         if isinstance(child, GBN):
-            norm = GhostBatchNorm(child.input_dim, config.virtual_batch, config.momentum)
-            setattr(module, name, norm)
+            setattr(module, name, GhostBatchNorm(child.input_dim, config.virtual_batch, config.momentum))
         elif isinstance(child, nn.BatchNorm1d):
             momentum = child.momentum or config.momentum
             # TabNet's input norm is over the whole batch, not over virtual ones.
-            setattr(module, name, GhostBatchNorm(child.num_features, 1 << 30, momentum))
+            setattr(module, name, GhostBatchNorm(child.num_features, None, momentum))
         else:
             replace_norms(child, config)
-
-
-def set_norms(module: nn.Module, batch_statistics: bool, update: bool) -> None:
-    """Switch the norms of a module before a pass."""
-    for child in module.modules():
-        if isinstance(child, GhostBatchNorm):
-            child.batch_statistics, child.update = batch_statistics, update
 
 
 class MFMHead(nn.Module):
@@ -244,13 +252,18 @@ class MFMHead(nn.Module):
         self.decoder = TabNetDecoder(outputs, config.width, config.steps)
         replace_norms(self.decoder, config)
 
-    def forward(self, hidden_NSD: Tensor) -> Tensor:
+    def forward(self, hidden_NSD: Tensor, batch_statistics: bool) -> Tensor:
         """(N, outputs), averaged over the steps (paper)."""
-        return self.decoder(list(hidden_NSD.unbind(1))) / hidden_NSD.shape[1]
+        decoder, steps = self.decoder, hidden_NSD.unbind(1)
+        decoded = [
+            feature_transformer(transformer, step_ND, 1, batch_statistics)
+            for transformer, step_ND in zip(decoder.feat_transformers, steps, strict=True)
+        ]
+        return decoder.reconstruction_layer(torch.stack(decoded).mean(0))
 
 
 class TabularEncoder(ModalityEncoder[TabularInput]):
-    """TabNet; the clean and the masked view are two passes, each with its own batch statistics."""
+    """TabNet; the clean and the masked view are one pass, each with its own batch statistics."""
 
     def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int], width: int):
         super().__init__()
@@ -263,20 +276,18 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
         """(views * N * S, D): the step outputs of each row."""
         tabnet = self.encoder
         x_NX = tabnet.embed(inputs)
-        set_norms(tabnet, inputs.batch_statistics, update=True)
-        views = [tabnet(x_NX)]
-        if inputs.keep_NK is not None:
-            keep_NX = inputs.keep_NK.to(x_NX.dtype).index_select(1, tabnet.column_of_X)
-            set_norms(tabnet, inputs.batch_statistics, update=False)
-            views.append(tabnet(x_NX * keep_NX))
-        return torch.cat(views).flatten(0, 1)
+        prior_NK = x_NX.new_ones(len(x_NX), self.numeric + len(self.cardinality))
+        if inputs.keep_NK is None:
+            return tabnet(x_NX, prior_NK, 1, inputs.batch_statistics).flatten(0, 1)
+        keep_NK = inputs.keep_NK.to(x_NX.dtype)
+        x_NX = torch.cat([x_NX, x_NX * keep_NK.index_select(1, tabnet.column_of_X)])
+        return tabnet(x_NX, torch.cat([prior_NK, keep_NK]), 2, inputs.batch_statistics).flatten(0, 1)
 
     def reconstruct(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Squared error of numbers and cross-entropy of categories, summed over masked observed cells."""
         rows = len(inputs.numeric_NR)
         hidden_NSD = hidden.view(2, rows, self.steps, -1)[1]
-        set_norms(self.head, inputs.batch_statistics, update=True)  # the decoder has no clean view
-        out = self.head(hidden_NSD).float()
+        out = self.head(hidden_NSD, inputs.batch_statistics).float()  # the decoder has no clean view
         errors = (out[:, : self.numeric] - inputs.numeric_NR).square()
         total = (errors * inputs.weights_NK[:, : self.numeric]).sum()
         start = self.numeric
