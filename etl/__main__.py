@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.set_defaults(run=_synth)
     build = commands.add_parser("build", help="raw files -> bronze, silver, gold")
     build.add_argument("recipe", help="path, or name of a recipe in etl/recipes")
+    build.add_argument("overrides", nargs="*", metavar="key=value", help="for example source.metadata=null")
     build.add_argument("--raw", type=Path, required=True, help="folder with the raw files; only read")
     build.add_argument("--lake", type=Path, required=True, help="folder to build into")
     build.add_argument("--refit", action="store_true", help="fit statistics and vocabularies anew")
@@ -82,7 +83,7 @@ def _build(arguments: argparse.Namespace) -> None:
     from etl import recipe
     from etl.build import build
 
-    loaded = recipe.load(arguments.recipe)
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
     if not arguments.raw.is_dir():
         raise ValueError(f"--raw {arguments.raw}: no such folder")
     made = build(

@@ -6,7 +6,7 @@ an error that names the nearest known one.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,10 +73,13 @@ class AmazonSource(Strict):
 
     Attributes:
         reviews, metadata: raw files; metadata may be absent.
-        images: raw folder with ``<asin>.jpg``.
+        images: raw folder with ``<asin>.jpg``; `python -m etl images` fills it.
+        summary: the review's summary belongs to the text (paper). It often spells the label out: "Five Stars".
         text_chars: summary and review together are cut to this many characters.
         title: put the product's title before the text (not in the paper). It is not cut.
         brand, price: add these metadata columns to the tabular modality (not in the paper).
+        style: add these keys of a review's style, for example ``[Color, Size]``, as categorical columns ``style.Color``,
+            ... (not in the paper).
         group: what never straddles splits.
     """
 
@@ -84,10 +87,12 @@ class AmazonSource(Strict):
     reviews: str
     metadata: str | None = None
     images: str | None = None
+    summary: bool = True
     text_chars: int = Field(default=512, ge=1)
     title: bool = False
     brand: bool = False
     price: bool = False
+    style: list[str] = []
     group: Literal["reviewer", "product"] = "reviewer"
 
     @model_validator(mode="after")
@@ -231,8 +236,12 @@ class Recipe(Strict):
             raise ValueError("tabular needs numeric or categorical columns for a table source")
 
 
-def load(given: str | Path) -> Recipe:
+def load(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a path, or by the name of a file in ``etl/recipes`` (with or without ``.yaml``).
+
+    Args:
+        given: path or name.
+        overrides: ``source.metadata=null``, ...: values are YAML and replace what the file says.
 
     Raises:
         ValueError: no such recipe, not YAML, an unknown key (names the nearest) or a bad value.
@@ -244,10 +253,30 @@ def load(given: str | Path) -> Recipe:
         raise ValueError(f"recipe {given}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"recipe {given}: must be a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"recipe {given}: {_explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    *parents, last = path.split(".")
+    value = None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        equals = ""
+    if not equals or not all([*parents, last]):
+        raise ValueError(f"{override!r}: write key=value, for example split.train=0.7 or source.metadata=null")
+    for parent in parents:
+        branch = tree.get(parent)
+        if not isinstance(branch, dict):
+            branch = tree[parent] = {}
+        tree = branch
+    tree[last] = value
 
 
 def _read(given: str | Path) -> str:
