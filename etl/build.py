@@ -24,7 +24,7 @@ from etl.shards import EncodedSample, Encoder, RawSample, encode_all, write_shar
 from etl.sources.registry import SOURCES
 from etl.sources.samples import Samples
 from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, Tokenizer, sample_key
-from lanistr.transforms import MEMBERS
+from lanistr.transforms import MEMBERS, Point
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -157,7 +157,7 @@ def _raw_samples(con: "DuckDBPyConnection", name: str, recipe: Recipe, samples: 
     rows = con.execute(
         f"select {', '.join(columns)} from samples where split = {literal(which)} order by row_id"
     ).fetchall()
-    series: dict[str, list[tuple[float, str, float]]] = {}
+    series: dict[str, list[Point]] = {}
     points = con.execute(
         f"select row_id, time, variable, value from series where row_id in (select row_id from samples where split = {literal(which)}) "
         "order by row_id, time, variable"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.quarantine import column
+from etl.quarantine import column, literal
 from etl.recipe import Recipe, TokenizerChoice
 from etl.sources.samples import Samples
 from lanistr.manifest import Manifest, Strict
@@ -72,7 +72,7 @@ def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: P
         "text": lambda: text_spec(_needed(tokenizer), recipe.text.max_tokens if recipe.text else 0),
         "image": lambda: ImageSpec(**(recipe.image.model_dump() if recipe.image else {})),
         "tabular": lambda: _fit_tabular(con, recipe, samples),
-        "timeseries": lambda: _fit_series(con, recipe),
+        "timeseries": lambda: _fit_series(con, recipe, samples),
     }
     return Fit({name: makers[name]() for name in recipe.modalities}, tokenizer)
 
@@ -114,6 +114,9 @@ def _check(fit: Fit, recipe: Recipe, samples: Samples, whose: str, remedy: str) 
             raise ValueError(
                 f"{whose} has columns {theirs}; the recipe {samples.numeric, samples.categorical}: {remedy}"
             )
+    spec = fit.specs.get("timeseries")
+    if isinstance(spec, SeriesSpec) and spec.grid != (samples.series.grid if samples.series else None):
+        raise ValueError(f"{whose} lays the series on another grid (imputation or normal values): {remedy}")
 
 
 def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokenizer | None":
@@ -181,27 +184,26 @@ def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) ->
     return TabularSpec(numeric=numeric, categorical=categorical)
 
 
-def _fit_series(con: "DuckDBPyConnection", recipe: Recipe) -> SeriesSpec:
+def _fit_series(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> SeriesSpec:
     assert recipe.timeseries
-    train = "row_id in (select row_id from samples where split = 'train')"
-    variables = recipe.timeseries.variables or [
+    train = "row_id in (select row_id from samples where split = 'train') and value is not null"
+    layout = samples.series
+    variables = (layout.channels if layout else recipe.timeseries.variables) or [
         row[0] for row in con.execute(f"select distinct variable from series where {train} order by 1").fetchall()
     ]
     if not variables:
         raise ValueError("timeseries: no variable in the train split; is the series table empty?")
-    statistics = []
-    for name in variables:
-        value = "'" + name.replace("'", "''") + "'"
-        statistics.append(
-            _statistics(
-                con,
-                f"select value as v from series where {train} and variable = {value} order by row_id, time",
-            )
-        )
+    # On a grid, one-hots and flags keep their 0 and 1: only a variable of a single number is standardised.
+    numbers = [group[0] for group in layout.groups if len(group) == 2] if layout else range(len(variables))
+    mean, std = [0.0] * len(variables), [1.0] * len(variables)
+    for channel in numbers:
+        query = f"select value as v from series where {train} and variable = {literal(variables[channel])}"
+        mean[channel], std[channel] = _statistics(con, f"{query} order by row_id, time")
     return SeriesSpec(
         variables=variables,
-        groups=[[i] for i in range(len(variables))],
-        mean=[mean for mean, _ in statistics],
-        std=[std for _, std in statistics],
+        groups=layout.groups if layout else [[i] for i in range(len(variables))],
+        mean=mean,
+        std=std,
         max_steps=recipe.timeseries.max_steps,
+        grid=layout.grid if layout else None,
     )

@@ -18,12 +18,13 @@ from typing import Any
 from lanistr.manifest import ModalitySchema, Shard, index_columns
 from lanistr.transforms import (
     ImageSpec,
+    Point,
     SeriesSpec,
     TabularEncoder,
     TabularSpec,
     TextSpec,
     encode_image,
-    encode_series,
+    encode_points,
     encode_text,
     load_tokenizer,
     read_npy,
@@ -41,7 +42,7 @@ class RawSample:
     Attributes:
         label: class id, -1 = unlabelled.
         row: tabular values by column.
-        series: (time, variable, value), by time.
+        series: points (time, variable, value), by time.
     """
 
     key: str
@@ -50,7 +51,7 @@ class RawSample:
     text: str | None
     image: str | None
     row: dict[str, Any] | None
-    series: list[tuple[float, str, float]]
+    series: list[Point]
     source_file: str
     source_row: int
 
@@ -98,7 +99,7 @@ class Encoder:
             elif isinstance(spec, TabularSpec) and raw.row is not None:
                 members = self._tabular(spec).encode(raw.row)
             elif isinstance(spec, SeriesSpec) and raw.series:
-                members = encode_series(_dense(raw.series, spec), spec)
+                members = encode_points(raw.series, spec)
             found[name] = members
             lengths[name] = _length(members)
         present = [name for name, members in found.items() if members]
@@ -142,20 +143,6 @@ def _length(members: dict[str, bytes]) -> int:
         if name in ("tok.npy", "ts.npy"):
             return len(read_npy(data))
     return int(bool(members))
-
-
-def _dense(series: list[tuple[float, str, float]], spec: SeriesSpec) -> Any:
-    """(T, C) with NaN where nothing was observed; a row per distinct time."""
-    import numpy as np
-
-    times = sorted({time for time, _, _ in series})
-    at = {time: i for i, time in enumerate(times)}
-    channel = {name: i for i, name in enumerate(spec.variables)}
-    values = np.full((len(times), len(channel)), np.nan, dtype=np.float32)
-    for time, variable, value in series:
-        if variable in channel:
-            values[at[time], channel[variable]] = value
-    return values
 
 
 def encode_all(raws: Iterable[RawSample], encoder: Encoder, workers: int) -> Iterator[EncodedSample]:

@@ -10,7 +10,7 @@ when a member is decoded.
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,14 +84,35 @@ class TabularSpec(Strict):
     categorical: list[CategoricalColumn]
 
 
+class SeriesGrid(Strict):
+    """A regular grid with imputation and flags: the discretiser of Harutyunyan et al. (2019).
+
+    Each group of a `SeriesSpec` with a grid is one variable: its value channels (one number, or one channel per
+    category), then a flag channel that is 1 in the steps where the variable was measured.
+
+    Attributes:
+        impute: what stands in a step without a measurement: ``none`` (NaN), the variable's ``normal`` value, or the
+            ``previous`` measurement (the normal value before the first one).
+        normal: the normal value, per channel (0 for flags).
+    """
+
+    impute: Literal["none", "normal", "previous"]
+    normal: list[float]
+
+
 class SeriesSpec(Strict):
-    """``ts.npy`` (T, C) float32 values and ``tsmask.npy`` (T, C) uint8 observed flags.
+    """``ts.npy`` (T, C) float32 values and ``tsmask.npy`` (T, C) uint8 flags of what was measured.
+
+    Without a grid, a value that was not measured is stored as 0. With a grid it may be imputed: ``ts.npy`` then holds a
+    finite value where ``tsmask.npy`` holds 0, and NaN where nothing is known. Flag channels are derived, so their
+    ``tsmask.npy`` is 0: they are model input, never something to predict.
 
     Attributes:
         variables: channel names.
         groups: channels that are masked together (a variable, its one-hots and its flag), as lists of channel ids.
-        mean, std: per channel over observed train values (std > 0).
+        mean, std: per channel over observed train values (std > 0); 0 and 1 for one-hots and flags.
         max_steps: longest stored series.
+        grid: how points become a regular grid; None = a step per distinct time.
     """
 
     kind: Literal["timeseries"] = "timeseries"
@@ -100,6 +121,7 @@ class SeriesSpec(Strict):
     mean: list[float]
     std: list[float]
     max_steps: int
+    grid: SeriesGrid | None = None
 
 
 SPECS: dict[str, type[Strict]] = {
@@ -230,6 +252,21 @@ def _number(value: Any) -> float:
     return number if np.isfinite(number) else np.nan
 
 
+Point = tuple[float, str, float | None]  # time, variable, value
+
+
+def encode_points(points: Sequence[Point], spec: SeriesSpec) -> dict[str, bytes]:
+    """Members of a series given as points, in any order; variables that the spec does not have are left out.
+
+    With a grid, a time is a step (0, 1, ...) and the series reaches to the latest one; a point without a value says no
+    more than that. Raises ValueError as `encode_series`.
+    """
+    if spec.grid is None:
+        return encode_series(_by_time(points, spec), spec)
+    values_TC, observed_TC = _on_grid(points, spec, spec.grid)
+    return _series_members(values_TC, observed_TC, spec)
+
+
 def encode_series(values_TC: np.ndarray, spec: SeriesSpec) -> dict[str, bytes]:
     """Values with NaN where nothing was observed, cut to the last ``spec.max_steps`` steps.
 
@@ -239,9 +276,53 @@ def encode_series(values_TC: np.ndarray, spec: SeriesSpec) -> dict[str, bytes]:
     values_TC = np.asarray(values_TC, dtype=np.float32)
     if values_TC.ndim != 2 or values_TC.shape[0] < 1 or values_TC.shape[1] != len(spec.variables):
         raise ValueError(f"series of shape {values_TC.shape}: needs (T >= 1, {len(spec.variables)})")
-    values_TC = values_TC[-spec.max_steps :]
     observed_TC = np.isfinite(values_TC)
+    return _series_members(np.where(observed_TC, values_TC, 0), observed_TC, spec)
+
+
+def _series_members(values_TC: np.ndarray, observed_TC: np.ndarray, spec: SeriesSpec) -> dict[str, bytes]:
     return {
-        "ts.npy": npy_bytes(np.where(observed_TC, values_TC, 0).astype(np.float32)),
-        "tsmask.npy": npy_bytes(observed_TC.astype(np.uint8)),
+        "ts.npy": npy_bytes(values_TC[-spec.max_steps :].astype(np.float32)),
+        "tsmask.npy": npy_bytes(observed_TC[-spec.max_steps :].astype(np.uint8)),
     }
+
+
+def _by_time(points: Sequence[Point], spec: SeriesSpec) -> np.ndarray:
+    """(T, C) with NaN where nothing was observed; a row per distinct time."""
+    times = {time: i for i, time in enumerate(sorted({time for time, _, _ in points}))}
+    return _cells([(times[time], variable, value) for time, variable, value in points], spec)
+
+
+def _cells(points: Sequence[tuple[int, str, float | None]], spec: SeriesSpec) -> np.ndarray:
+    """(T, C) with NaN where no point is; T is the latest step + 1."""
+    channel = {name: i for i, name in enumerate(spec.variables)}
+    values_TC = np.full((1 + max((step for step, _, _ in points), default=-1), len(channel)), np.nan, dtype=np.float32)
+    for step, variable, value in points:
+        if variable in channel and value is not None:
+            values_TC[step, channel[variable]] = value
+    return values_TC
+
+
+def _on_grid(points: Sequence[Point], spec: SeriesSpec, grid: SeriesGrid) -> tuple[np.ndarray, np.ndarray]:
+    """Values (T, C) with one-hots, imputed values and flags, and what of them was measured (T, C)."""
+    values_TC = _cells([(int(time), variable, value) for time, variable, value in points], spec)
+    observed_TC = np.zeros(values_TC.shape, dtype=bool)
+    for *cells, flag in spec.groups:
+        block_TK = values_TC[:, cells]
+        seen_T = np.isfinite(block_TK).max(axis=1)
+        block_TK[seen_T] = np.nan_to_num(block_TK[seen_T], nan=0.0)  # the categories that it was not
+        normal_K = np.take(grid.normal, cells)
+        values_TC[:, cells] = _impute(block_TK, seen_T, normal_K, grid.impute)
+        values_TC[:, flag] = seen_T
+        observed_TC[:, cells] = seen_T[:, None]
+    return values_TC, observed_TC
+
+
+def _impute(block_TK: np.ndarray, seen_T: np.ndarray, normal_K: np.ndarray, how: str) -> np.ndarray:
+    """The value channels of one variable, with what stands in the steps where it was not measured."""
+    if how == "none":
+        return block_TK
+    if how == "normal":
+        return np.where(seen_T[:, None], block_TK, normal_K)
+    latest_T = np.maximum.accumulate(np.where(seen_T, np.arange(len(seen_T)), -1))
+    return np.where(latest_T[:, None] >= 0, block_TK[latest_T], normal_K)

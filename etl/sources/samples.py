@@ -1,10 +1,28 @@
 """What every source makes: the canonical sample table.
 
 Table ``samples``: row_id, grp, label, text, image (path relative to the raw folder), ``n:<column>`` doubles, ``c:<column>``
-texts, _file, _row. Table ``series``: row_id, time, variable, value; empty without series. Nulls are missing.
+texts, _file, _row. Table ``series``: row_id, time, variable, value; empty without series. Nulls are missing; on a grid,
+a point without a value says that the series reaches to its time.
 """
 
 from dataclasses import dataclass, field
+
+from lanistr.transforms import SeriesGrid
+
+
+@dataclass(frozen=True)
+class SeriesLayout:
+    """The channels of a series that lies on a grid.
+
+    Attributes:
+        channels: names, in order.
+        groups: per variable its value channels, then its flag.
+        grid: imputation.
+    """
+
+    channels: list[str]
+    groups: list[list[int]]
+    grid: SeriesGrid
 
 
 @dataclass(frozen=True)
@@ -16,6 +34,7 @@ class Samples:
         labels: class names in id order.
         counts: for people: rows read, joined, duplicates.
         group: name of the grouping, for the split rule.
+        series: where the source fixes the channels; None = the recipe or the train split says which there are.
     """
 
     numeric: list[str]
@@ -23,3 +42,4 @@ class Samples:
     labels: list[str]
     group: str
     counts: dict[str, int] = field(default_factory=dict)
+    series: SeriesLayout | None = None

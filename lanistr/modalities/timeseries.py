@@ -48,7 +48,7 @@ class SeriesConfig(Strict):
 
 @dataclass(frozen=True)
 class Series:
-    """Standardised values (0 where nothing was observed) and observed flags, both (steps, C)."""
+    """Standardised values (0 where nothing is known; a grid may have imputed them) and observed flags, both (steps, C)."""
 
     values_tC: np.ndarray
     observed_tC: np.ndarray
@@ -106,7 +106,8 @@ class SeriesModality(Modality[Series, SeriesInput]):
         if values.shape != observed.shape or values.shape[1:] != self.mean.shape:
             raise ValueError(f"ts.npy {values.shape}, tsmask.npy {observed.shape}: not (T, {len(self.mean)})")
         values, observed = values[-self.config.max_steps :], observed[-self.config.max_steps :]
-        return Series(np.where(observed, (values - self.mean) / self.std, 0).astype(np.float32), observed)
+        known = observed if self.spec.grid is None else np.isfinite(values)
+        return Series(np.where(known, (values - self.mean) / self.std, 0).astype(np.float32), observed)
 
     def dummy(self) -> Series:
         """A single step of zeros."""
