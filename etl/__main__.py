@@ -1,8 +1,11 @@
 """Raw tables, text, images and series -> modality-tagged WebDataset shards."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
+
+MIN_MEMORY = 200 * 10**6
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--refit", action="store_true", help="fit statistics and vocabularies anew")
     build.add_argument("--workers", type=int, default=2, help="encoding processes (the bytes do not depend on it)")
     build.add_argument("--max-bad", type=_share, default=1.0, help="stop if more than this share of records is bad")
+    build.add_argument(
+        "--memory", type=_bytes, metavar="4GB", help="what the build may use; the rest is spilled to disk"
+    )
+    build.add_argument("--threads", type=_positive, help="threads of DuckDB (default: all cores)")
+    build.add_argument("--tmp", type=Path, help="folder to spill into (default: in the lake)")
     build.set_defaults(run=_build)
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
@@ -56,6 +64,31 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a share between 0 and 1, for example 0.01")
     return share
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number, at least 1")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """``4GB``, ``500MB``, ``2GiB``."""
+    units = {
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * units[match[2].upper()]) if match else 0
+    if size < MIN_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size of at least 200MB, for example 4GB or 500MB")
+    return size
 
 
 def _rates(text: str) -> dict[str, float]:
@@ -86,6 +119,8 @@ def _build(arguments: argparse.Namespace) -> None:
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     if not arguments.raw.is_dir():
         raise ValueError(f"--raw {arguments.raw}: no such folder")
+    if arguments.tmp and not arguments.tmp.is_dir():
+        raise ValueError(f"--tmp {arguments.tmp}: no such folder")
     made = build(
         loaded,
         arguments.raw,
@@ -93,6 +128,9 @@ def _build(arguments: argparse.Namespace) -> None:
         refit=arguments.refit,
         workers=arguments.workers,
         max_bad=arguments.max_bad,
+        memory=arguments.memory,
+        threads=arguments.threads,
+        tmp=arguments.tmp,
     )
     print(made)
 

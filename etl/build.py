@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from etl import split
@@ -31,7 +32,16 @@ if TYPE_CHECKING:
 
 
 def build(
-    recipe: Recipe, raw: Path, lake: Path, *, refit: bool = False, workers: int = 1, max_bad: float = 1.0
+    recipe: Recipe,
+    raw: Path,
+    lake: Path,
+    *,
+    refit: bool = False,
+    workers: int = 1,
+    max_bad: float = 1.0,
+    memory: int | None = None,
+    threads: int | None = None,
+    tmp: Path | None = None,
 ) -> Path:
     """Build a gold dataset; returns its folder, ``lake/gold/<name>``.
 
@@ -42,6 +52,9 @@ def build(
         refit: fit anew although an earlier build left a fit.
         workers: processes that encode; the bytes do not depend on it.
         max_bad: stop where more than this share of the raw records was set aside.
+        memory: bytes that the build may use; what does not fit is spilled.
+        threads: of DuckDB.
+        tmp: folder to spill into, in a folder of its own; the lake's where absent.
 
     Raises:
         ValueError: anything that a user can put right. Where too much was set aside, ``lake/quarantine/<name>`` is
@@ -50,8 +63,8 @@ def build(
     source = recipe.source
     reader = SOURCES[source.kind]
     files = {name: register(raw, name) for name in reader.raw_files(source)}
-    with _workspace(lake, recipe.name) as work:
-        con = connect(work)
+    with _workspace(lake, recipe.name) as work, TemporaryDirectory(dir=tmp or work, prefix="spill-") as spill:
+        con = connect(work, spill=Path(spill), memory=memory, threads=threads)
         quarantine = Quarantine(con)
         say(f"bronze: {len(files)} raw files registered")
         samples = reader.read(con, quarantine, files, recipe, raw)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 MAX_LINE = 64 << 20
+DUCKDB_SHARE = 0.6  # of the memory given: its limit does not count all that it allocates, and Python needs some
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -34,14 +35,28 @@ class RawFile:
     sha256: str
 
 
-def connect(folder: Path) -> "DuckDBPyConnection":
-    """A connection that spills into ``folder`` and never asks the network for extensions."""
+def connect(
+    folder: Path, *, spill: Path | None = None, memory: int | None = None, threads: int | None = None
+) -> "DuckDBPyConnection":
+    """A connection on a file in ``folder``, which works out of core and never asks the network for extensions.
+
+    Args:
+        folder: of ``build.duckdb``.
+        spill: where intermediate results go that do not fit; ``folder / "spill"`` where absent.
+        memory: bytes that the whole process may use; DuckDB gets `DUCKDB_SHARE` of them.
+        threads: of DuckDB.
+    """
     import duckdb
 
     con = duckdb.connect(str(folder / "build.duckdb"))
     con.execute("set autoinstall_known_extensions = false")
     con.execute("set preserve_insertion_order = true")
-    con.execute(f"set temp_directory = {literal(folder / 'spill')}")
+    con.execute("set timezone = 'UTC'")
+    con.execute(f"set temp_directory = {literal(spill or folder / 'spill')}")
+    if memory is not None:
+        con.execute(f"set memory_limit = '{int(memory * DUCKDB_SHARE)}B'")
+    if threads is not None:
+        con.execute(f"set threads = {threads}")
     return con
 
 
