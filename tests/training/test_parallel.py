@@ -35,7 +35,7 @@ def plain_torch(gold: Path, steps: int) -> list[float]:
     """One process, AdamW, no DeepSpeed: the loss of equation 3 over each global batch."""
     modalities = make_modalities()
     task = make_pretrain(modalities).train()
-    config = RECIPE.pretrain.model_copy(update={"lr": 1e-2})
+    config = RECIPE.pretrain.model_copy(update={"lr": 1e-2, "eps": 1e-6})
     loader = TrainLoader(
         GoldDataset(gold, "train", modalities),
         Collator(modalities, views=2, seed=5),
@@ -46,7 +46,7 @@ def plain_torch(gold: Path, steps: int) -> list[float]:
         seed=1,
         grouping="stratified",
     )
-    optimizer = torch.optim.AdamW(parameter_groups(task, 0.1), lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(task, 0.1), lr=1e-2, betas=(0.9, 0.999), eps=config.eps)
     losses = []
     for step, (batch,) in enumerate(loader.steps(0, steps)):
         for group in optimizer.param_groups:
