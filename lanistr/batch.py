@@ -4,7 +4,8 @@ Text tokens, time steps and fusion tokens are packed: sequences one after the ot
 rows are dense over the *present rows only*. Every index that the forward pass needs is computed here, on the CPU,
 once, so that the forward pass never asks the device a question.
 
-Shape suffixes: B samples, S sequences, T packed rows (tokens or steps), L bucket length, N rows of a modality.
+Shape suffixes: B samples, S sequences, T packed rows (tokens or steps), L slots of a padded sequence, G slots of all
+buckets, N rows of a modality.
 """
 
 import itertools
@@ -17,42 +18,34 @@ import torch
 from torch import Tensor
 
 MAX_BUCKETS = 6
+MIN_SAVING = 64
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of similar length, padded to the longest of them, for attention backends without varlen kernels.
-
-    Attributes:
-        gather_SL: packed row per slot; a padding slot repeats its sequence's first row (finite, masked).
-        keep_S1L: True where the slot is real, shaped to broadcast over heads and queries as (S, 1, 1, L); None
-            where nothing is padded.
-        real: indices of the real slots in the flattened (S * L) grid, in sequence order.
-    """
-
-    gather_SL: Tensor
-    keep_S11L: Tensor | None
-    real: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where packed sequences begin and end.
 
+    Attention backends without varlen kernels pad sequences of similar length to the longest of them: a bucket. The
+    slots of all buckets, one after the other, form one grid of G slots.
+
     Attributes:
         cu_seqlens: (S + 1,) int32 cumulative lengths.
         max_seqlen: longest sequence.
         positions_T: int64, 0, 1, ... restarting at each sequence.
-        buckets: for the bucketed attention backend.
-        restore_T: puts the concatenated real slots of all buckets back into packed order.
+        row_G: packed row of each slot; a padding slot repeats its sequence's first row (finite, masked).
+        bias_G: float32, 0 where a slot is real, -inf where it is padding: added to the scores of the keys.
+        slot_T: slot of each packed row.
+        buckets: (sequences, slots per sequence) of each bucket.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     positions_T: Tensor
-    buckets: tuple[Bucket, ...]
-    restore_T: Tensor
+    row_G: Tensor
+    bias_G: Tensor
+    slot_T: Tensor
+    buckets: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -151,29 +144,38 @@ def make_layout(lengths: Sequence[int] | np.ndarray) -> Layout:
     assert lengths_S.min(initial=0 if not len(lengths_S) else 1) > 0, "a packed sequence has at least one row"
     starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
     positions_T = np.arange(starts_S[-1]) - np.repeat(starts_S[:-1], lengths_S)
-    buckets, order = [], []
-    for members in _split_by_length(lengths_S):
-        bucket, rows = _make_bucket(members, lengths_S, starts_S)
-        buckets.append(bucket)
-        order.append(rows)
-    restore_T = np.empty(starts_S[-1], dtype=np.int64)
-    restore_T[np.concatenate(order)] = np.arange(starts_S[-1])
+    groups = _split_by_length(lengths_S)
+    widths = [int(lengths_S[group].max()) for group in groups]
+    rows, real = [], []
+    for group, width in zip(groups, widths, strict=True):
+        slots_L = np.arange(width)
+        keep_SL = slots_L < lengths_S[group, None]
+        rows.append((starts_S[group, None] + np.where(keep_SL, slots_L, 0)).ravel())
+        real.append(keep_SL.ravel())
+    row_G, real_G = np.concatenate(rows), np.concatenate(real)
+    slot_T = np.empty(starts_S[-1], dtype=np.int64)
+    slot_T[row_G[real_G]] = np.flatnonzero(real_G)
     return Layout(
         cu_seqlens=torch.from_numpy(starts_S.astype(np.int32)),
         max_seqlen=int(lengths_S.max()),
         positions_T=torch.from_numpy(positions_T),
-        buckets=tuple(buckets),
-        restore_T=torch.from_numpy(restore_T),
+        row_G=torch.from_numpy(row_G),
+        bias_G=torch.from_numpy(np.where(real_G, np.float32(0), np.float32(-np.inf))),
+        slot_T=torch.from_numpy(slot_T),
+        buckets=tuple((len(group), width) for group, width in zip(groups, widths, strict=True)),
     )
 
 
 def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
-    """Sequence ids in at most `MAX_BUCKETS` groups; cuts where the jump in length saves most padded slots."""
+    """Sequence ids in at most `MAX_BUCKETS` groups; cuts where the jump in length saves most padded slots.
+
+    A cut that saves fewer than `MIN_SAVING` slots costs more in calls than it saves in work.
+    """
     order = np.argsort(lengths_S, kind="stable")
     ordered = lengths_S[order]
     cuts: list[int] = []
     while len(cuts) < MAX_BUCKETS - 1:
-        best, best_saving = None, 0
+        best, best_saving = None, MIN_SAVING - 1
         edges = [0, *sorted(cuts), len(ordered)]
         for low, high in itertools.pairwise(edges):
             inner = np.arange(low + 1, high)
@@ -188,16 +190,6 @@ def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
         cuts.append(best)
     edges = [0, *sorted(cuts), len(ordered)]
     return [order[low:high] for low, high in itertools.pairwise(edges)]
-
-
-def _make_bucket(members: np.ndarray, lengths_S: np.ndarray, starts_S: np.ndarray) -> tuple[Bucket, np.ndarray]:
-    longest = int(lengths_S[members].max())
-    slots_L = np.arange(longest)
-    keep_SL = slots_L < lengths_S[members, None]
-    rows_SL = starts_S[members, None] + np.where(keep_SL, slots_L, 0)
-    keep = None if keep_SL.all() else torch.from_numpy(keep_SL[:, None, None, :])
-    real = torch.from_numpy(np.flatnonzero(keep_SL))
-    return Bucket(torch.from_numpy(rows_SL), keep, real), rows_SL[keep_SL]
 
 
 def make_fusion_index(

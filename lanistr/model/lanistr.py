@@ -48,7 +48,11 @@ class Lanistr(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, modalities: dict[str, Modality[Any, Any]], seed: int, device: str = "cpu"
+    config: ModelConfig,
+    modalities: dict[str, Modality[Any, Any]],
+    seed: int,
+    device: str = "cpu",
+    precision: str = "float32",
 ) -> Lanistr:
     """A freshly initialised model on the CPU, the same on every rank.
 
@@ -56,12 +60,12 @@ def build_model(
         config: sizes.
         modalities: from `lanistr.modalities.make_modalities`.
         seed: of the initialisation; torch's global generator is left untouched.
-        device: where it will run, which decides the attention backend.
+        device, precision: where and in what it will run, which decides the attention backend.
 
     Raises:
         ValueError: a requested attention backend is not available.
     """
-    backend = resolve_backend(config.attention, device)
+    backend = resolve_backend(config.attention, device, precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Lanistr(config, modalities, backend)

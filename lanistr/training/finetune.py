@@ -140,7 +140,7 @@ def finetune(
     val = GoldDataset(data, "val", modalities, recipe.data.crc)
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
-    task = make_task(recipe, manifest, device.type)
+    task = make_task(recipe, manifest, device.type, config.precision)
     if pretrained:
         report = load_weights(task, pretrained, _transferred(task) if config.transfer == "encoders" else lambda _: True)
         if rank == 0:
@@ -162,10 +162,10 @@ def finetune(
     distributed.shutdown()
 
 
-def make_task(recipe: Recipe, manifest: Manifest, device: str) -> Finetune:
+def make_task(recipe: Recipe, manifest: Manifest, device: str, precision: str = "float32") -> Finetune:
     """A fresh fine-tuning task for a dataset."""
     modalities = make_modalities(manifest, recipe.model.modalities)
-    model = build_model(recipe.model, modalities, recipe.finetune.seed, device)
+    model = build_model(recipe.model, modalities, recipe.finetune.seed, device, precision)
     width, classes = recipe.model.fusion.width, len(manifest.labels)
     return Finetune(model, width, classes, recipe.finetune, recipe.finetune.seed)
 

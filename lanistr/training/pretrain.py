@@ -41,7 +41,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
     )
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
-    model = build_model(recipe.model, modalities, config.seed, device.type)
+    model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"})
     engine = Engine(task, filled, device, config.weight_decay)
