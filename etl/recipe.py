@@ -102,6 +102,58 @@ class AmazonSource(Strict):
         return self
 
 
+class MimicSource(Strict):
+    """MIMIC-IV v2.2. A stay's window is its first ``hours`` in the ICU; its end is the prediction time.
+
+    Nothing from after the prediction time is used: a note or a measurement must have been stored by then (where the
+    table says when), an image taken. Files are relative to the raw folder.
+
+    Attributes:
+        samples: ``cohort`` = stays of at least ``hours``, labelled with in-hospital mortality; ``pool`` = every stay, note
+            and image without a label, for pretraining.
+        chartevents_lacks: columns that this copy of chartevents does not have. Without ``stay_id``, patient and time find
+            the stay; without ``value``, coma-scale answers come from their numbers.
+        add_items, drop_items: chart (220000 and above) or lab itemids beside the benchmark's, with their variable; and
+            itemids of the benchmark to leave out.
+        impute: what stands in an hour without a measurement: the ``previous`` one (before the first, a normal value) as
+            in the benchmark, always the ``normal`` value, or ``none``.
+        radiology: radiology reports, the text; null = no text.
+        image_metadata, images: of mimic-cxr-jpg: its metadata table (null = no images) and its folder ``files``.
+        views: use only these ViewPositions (published: [AP]); null = any.
+        align_hours: pool only: how far apart a note and an image may be to share a sample.
+        demographics: age, sex, race, insurance, language, marital status, kind of admission and first care unit as the
+            tabular modality (not in the paper). Needs ``patients``.
+        leaky_reference_notes: the published setting: the text is the patient's last discharge summary, which was written
+            after the outcome that is to be predicted. Reads ``discharge`` instead of ``radiology``.
+    """
+
+    kind: Literal["mimic4"]
+    samples: Literal["cohort", "pool"] = "cohort"
+    hours: int = Field(default=48, ge=1, le=720)
+    icustays: str = "icu/icustays.csv.gz"
+    admissions: str = "hosp/admissions.csv.gz"
+    patients: str = "hosp/patients.csv.gz"
+    chartevents: str = "icu/chartevents.csv.gz"
+    chartevents_lacks: list[Literal["value", "stay_id", "storetime"]] = []
+    labevents: str = "hosp/labevents.csv.gz"
+    add_items: dict[int, str] = {}
+    drop_items: list[int] = []
+    impute: Literal["previous", "normal", "none"] = "previous"
+    radiology: str | None = "note/radiology.csv.gz"
+    discharge: str = "note/discharge.csv.gz"
+    image_metadata: str | None = "mimic-cxr-jpg/mimic-cxr-2.0.0-metadata.csv.gz"
+    images: str = "mimic-cxr-jpg/files"
+    views: list[str] | None = Field(default=None, min_length=1)
+    align_hours: int = Field(default=24, ge=0)
+    demographics: bool = False
+    leaky_reference_notes: bool = False
+
+    @property
+    def notes(self) -> str | None:
+        """The file that the text comes from."""
+        return self.discharge if self.leaky_reference_notes else self.radiology
+
+
 class TokenizerChoice(Strict):
     """Exactly one of: a file, a name (a folder or a hub name), or a vocabulary size to train on the train split."""
 
@@ -136,7 +188,7 @@ class TabularRecipe(Strict):
     """Columns, and how categories get ids.
 
     Attributes:
-        numeric, categorical: column names; absent means all that the source has (``amazon2018`` only).
+        numeric, categorical: column names; absent means all that the source has (not ``table``).
         max_values: at most this many train values per categorical column get their own id.
         buckets: the others are hashed into this many ids; only where a column has more than ``max_values``.
     """
@@ -196,7 +248,7 @@ class Recipe(Strict):
     """
 
     name: str = Field(pattern=NAME)
-    source: Annotated[TableSource | AmazonSource, Field(discriminator="kind")]
+    source: Annotated[TableSource | AmazonSource | MimicSource, Field(discriminator="kind")]
     split: Split = Split()
     require: list[Modality] = []
     text: TextRecipe | None = None
@@ -228,12 +280,33 @@ class Recipe(Strict):
             if modality == "timeseries":
                 raise ValueError("amazon2018 has no timeseries: remove the block")
             return
+        if isinstance(source, MimicSource):
+            self._check_mimic(source, modality)
+            return
         field = {"text": "text", "image": "image", "timeseries": "series"}.get(modality)
         if field and getattr(source, field) is None:
             raise ValueError(f"the block {modality} needs source.{field}")
         columns = self.tabular and (self.tabular.numeric or self.tabular.categorical)
         if modality == "tabular" and not columns:
             raise ValueError("tabular needs numeric or categorical columns for a table source")
+
+    def _check_mimic(self, source: MimicSource, modality: Modality) -> None:
+        switches = {
+            "text": ("radiology", source.notes is not None),
+            "image": ("image_metadata", source.image_metadata is not None),
+            "tabular": ("demographics: true", source.demographics),
+        }
+        switch, on = switches.get(modality, ("", True))
+        if not on:
+            raise ValueError(f"the block {modality} needs source.{switch}")
+        if self.timeseries and self.timeseries.variables is not None:
+            raise ValueError(
+                "timeseries.variables: mimic4 has its own 76 channels; see source.add_items and drop_items"
+            )
+        if self.timeseries and self.timeseries.max_steps < source.hours:
+            raise ValueError(
+                f"timeseries.max_steps {self.timeseries.max_steps} cuts the {source.hours} hours of a stay"
+            )
 
 
 def load(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:

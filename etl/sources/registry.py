@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from etl.ingest import RawFile
 from etl.quarantine import Quarantine
 from etl.recipe import Recipe
-from etl.sources import amazon2018, table
+from etl.sources import amazon2018, mimic4, table
 from etl.sources.samples import Samples
 
 if TYPE_CHECKING:
@@ -30,4 +30,5 @@ class Source(Protocol):
 SOURCES: dict[str, Source] = {
     "table": table,
     "amazon2018": amazon2018,
+    "mimic4": mimic4,
 }
