@@ -6,7 +6,7 @@ with the parameters. A fifth modality is one such file, one line in `lanistr.mod
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -111,6 +111,13 @@ class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
     def reconstruct(self, hidden: Tensor, inputs: InputT) -> Tensor:
         """Summed loss (scalar, float32) over masked positions of the masked view; weight-0 rows add exactly zero."""
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Tokens of the fusion width."""
+    def project(self, hidden: Tensor, inputs: InputT) -> Tensor:
+        """Tokens of the fusion width: as many as `Collated.token_counts` says, in the order of the collated rows."""
         return self.projection(hidden)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated layers, which `torch.compile` compiles one by one."""
+        return ()
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep only the inputs of the repeated layers in training, and compute the rest again in backward."""

@@ -5,7 +5,7 @@ M masked patches, D width.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,14 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
         for layer in self.encoder.layers:
             x_NPD = layer(x_NPD)
         return self.encoder.layernorm(x_NPD).flatten(0, 1)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """ViT's layers."""
+        return self.encoder.layers
+
+    def checkpoint_activations(self) -> None:
+        """Hugging Face's own checkpointing."""
+        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def reconstruct(self, hidden: Tensor, inputs: ImageInput) -> Tensor:
         """L1 of masked patches, mean over a patch's pixels, summed over patches (SimMIM; paper section 3.1)."""

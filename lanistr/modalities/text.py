@@ -3,7 +3,7 @@
 Shape suffixes: T packed tokens (all views), M masked tokens, N rows, D width, V vocabulary, H heads, K head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class TextConfig(Strict):
         mask_ratio: share of tokens predicted; special tokens never are.
         corruption: ``mask`` = every predicted token becomes [MASK] (paper, published code); ``bert`` = 80 % [MASK], 10 %
             a random token, 10 % unchanged (Devlin et al. 2019), so that visible tokens must keep their identity.
+        fusion_tokens: ``all`` hidden states enter fusion (paper, section "Model architecture"), or only ``cls``, the first
+            one (published code, `modeling_lanistr.py`).
         pooler: BERT's unused pooler, carried frozen by the ``official`` preset only.
     """
 
@@ -43,6 +45,7 @@ class TextConfig(Strict):
     max_tokens: int = Field(default=512, ge=3)
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     corruption: Literal["mask", "bert"] = "mask"
+    fusion_tokens: Literal["all", "cls"] = "all"
     pooler: bool = False
 
 
@@ -52,11 +55,13 @@ class TextInput:
 
     Attributes:
         ids_T, layout: sequences of view 0, then of view 1.
+        first_S: packed position of each sequence's [CLS] where only these enter fusion; None = all tokens do.
         masked_M: packed positions to predict; targets_M their original ids; weights_M the weight of their sample.
     """
 
     ids_T: Tensor
     layout: Layout
+    first_S: Tensor | None
     masked_M: Tensor
     targets_M: Tensor
     weights_M: Tensor
@@ -118,10 +123,14 @@ class TextModality(Modality[np.ndarray, TextInput]):
         """Pack the sequences, clean view first."""
         lengths = np.array([len(c) for c in contents])
         clean = np.concatenate(contents)
+        layout = make_layout(lengths if masks is None else [*lengths, *lengths])
+        only_cls = self.config.fusion_tokens == "cls"
+        tokens = np.ones_like(lengths) if only_cls else lengths
+        first_S = layout.cu_seqlens[:-1].long() if only_cls else None
         if masks is None:
             nothing = torch.zeros(0, dtype=torch.int64)
-            inputs = TextInput(torch.from_numpy(clean), make_layout(lengths), nothing, nothing, torch.zeros(0))
-            return Collated(inputs, lengths, 0.0)
+            inputs = TextInput(torch.from_numpy(clean), layout, first_S, nothing, nothing, torch.zeros(0))
+            return Collated(inputs, tokens, 0.0)
         replaced = np.concatenate(masks)
         positions = np.flatnonzero(replaced != KEPT)
         token_weights = np.repeat(np.asarray(weights, dtype=np.float32), lengths)[positions]
@@ -129,12 +138,13 @@ class TextModality(Modality[np.ndarray, TextInput]):
             positions, token_weights = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32)
         inputs = TextInput(
             ids_T=torch.from_numpy(np.concatenate([clean, np.where(replaced == KEPT, clean, replaced)])),
-            layout=make_layout([*lengths, *lengths]),
+            layout=layout,
+            first_S=first_S,
             masked_M=torch.from_numpy(positions + len(clean)),
             targets_M=torch.from_numpy(clean[positions]),
             weights_M=torch.from_numpy(token_weights),
         )
-        return Collated(inputs, lengths, float((token_weights > 0).sum()))
+        return Collated(inputs, tokens, float((token_weights > 0).sum()))
 
     def build(self, width: int, attention: str) -> "TextEncoder":
         """BERT, its projection and its MLM head."""
@@ -173,6 +183,18 @@ class TextEncoder(ModalityEncoder[TextInput]):
             backend=self.backend,
         )
         return output.last_hidden_state[0]
+
+    def project(self, hidden: Tensor, inputs: TextInput) -> Tensor:
+        """Tokens of the fusion width: all, or one per sequence."""
+        return self.projection(hidden if inputs.first_S is None else hidden.index_select(0, inputs.first_S))
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """BERT's layers."""
+        return self.encoder.encoder.layer
+
+    def checkpoint_activations(self) -> None:
+        """Hugging Face's own checkpointing."""
+        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def reconstruct(self, hidden: Tensor, inputs: TextInput) -> Tensor:
         """Cross-entropy summed over masked tokens (paper eq. 1: masked positions only)."""

@@ -4,7 +4,7 @@ Shape suffixes: T packed steps (all views), t packed steps of one view, C channe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
-from lanistr.ops.transformer import Block
+from lanistr.ops.transformer import Block, checkpoint_blocks
 from lanistr.transforms import MEMBERS, SeriesSpec, read_npy
 
 
@@ -206,6 +206,14 @@ class SeriesEncoder(ModalityEncoder[SeriesInput]):
     def encode(self, inputs: SeriesInput) -> Tensor:
         """(T, hidden): one token per step."""
         return self.encoder(inputs.values_TC, inputs.layout)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's layers."""
+        return self.encoder.blocks
+
+    def checkpoint_activations(self) -> None:
+        """See `Block.checkpoint`."""
+        checkpoint_blocks(self.encoder.blocks)
 
     def reconstruct(self, hidden: Tensor, inputs: SeriesInput) -> Tensor:
         """Squared error summed over masked observed values (Zerveas et al. eq. 6)."""

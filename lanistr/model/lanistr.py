@@ -13,6 +13,7 @@ from lanistr.config import ModelConfig
 from lanistr.modalities.base import Modality, ModalityEncoder
 from lanistr.model.fusion import FusionEncoder
 from lanistr.ops.attention import resolve_backend
+from lanistr.ops.transformer import checkpoint_blocks
 
 
 class Lanistr(nn.Module):
@@ -27,6 +28,13 @@ class Lanistr(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleDict({name: m.build(config.fusion.width, backend) for name, m in modalities.items()})
         self.fusion = FusionEncoder(config.fusion, backend)
+        if config.checkpoint_activations:
+            for name in self.encoders:
+                self.encoder(name).checkpoint_activations()
+            checkpoint_blocks(self.fusion.blocks)
+        if config.compile:
+            for block in [b for name in self.encoders for b in self.encoder(name).blocks()] + list(self.fusion.blocks):
+                block.compile(dynamic=True)
 
     def encoder(self, name: str) -> ModalityEncoder[Any]:
         """The encoder of one modality."""
@@ -43,7 +51,7 @@ class Lanistr(nn.Module):
         for name in self.encoders:
             encoder = self.encoder(name)
             hidden[name] = encoder.encode(batch.inputs[name])
-            pools.append(encoder.project(hidden[name]))
+            pools.append(encoder.project(hidden[name], batch.inputs[name]))
         return self.fusion(pools, batch.fusion), hidden
 
 

@@ -3,7 +3,11 @@
 Shape suffixes: T packed rows, D width, H heads, K head width.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lanistr.batch import Layout
 from lanistr.ops.attention import attention
@@ -19,6 +23,9 @@ class Block(nn.Module):
         pre_norm: normalise before each half (FLAVA's multimodal encoder) or after (Zerveas et al.).
         init_std: of the weights (FLAVA's initialisation); None = as `torch.nn.TransformerEncoderLayer`, which Zerveas et
             al. use.
+
+    Attributes:
+        checkpoint: keep only the input in training, and compute the rest again in backward.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.heads, self.backend, self.pre_norm = heads, backend, pre_norm
+        self.checkpoint = False
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -51,6 +59,11 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """(T, D) -> (T, D)."""
+        if self.checkpoint and self.training:
+            return cast(Tensor, checkpoint(self._forward, x_TD, layout, use_reentrant=False))
+        return self._forward(x_TD, layout)
+
+    def _forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         if self.pre_norm:
             x_TD = x_TD + self._attend(self.norm1(x_TD), layout)
             return x_TD + self._mlp(self.norm2(x_TD))
@@ -63,3 +76,9 @@ class Block(nn.Module):
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(x_TD)))
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Switch activation checkpointing on in every `Block`."""
+    for block in blocks:
+        cast(Block, block).checkpoint = True

@@ -109,7 +109,9 @@ def oracle_terms(
         )
         for view in range(2):
             for row, h in zip(rows, hidden[view], strict=True):
-                tokens[row][view].append(task.model.encoder(name).projection(h))
+                config = getattr(modalities[name], "config")  # noqa: B009
+                enters = h[:1] if getattr(config, "fusion_tokens", "all") == "cls" else h
+                tokens[row][view].append(task.model.encoder(name).projection(enters))
     terms["mmm"] = _similarity(task, tokens)
     return terms
 
@@ -172,6 +174,8 @@ def _similarity(task: Pretrain, tokens: list[list[list[Tensor]]]) -> Tensor:
         views.append([h[: len(s)] for h, s in zip(task.model.fusion.norm(x), sequences, strict=True)])
     losses = []
     for h1, h2 in zip(*views, strict=True):
+        if task.similarity == "cls":
+            h1, h2 = h1[:1], h2[:1]
         z1, z2 = task.heads.projector(h1), task.heads.projector(h2)
         p1, p2 = task.heads.predictor(z1), task.heads.predictor(z2)
         cosine = nn.functional.cosine_similarity

@@ -59,22 +59,34 @@ RECIPE = Recipe.model_validate(
 NAMES = tuple(SCHEMAS)
 
 
-def make_modalities() -> dict[str, Modality[Any, Any]]:
+def make_modalities(recipe: Recipe = RECIPE) -> dict[str, Modality[Any, Any]]:
     """The four real modalities, tiny."""
     return {
         name: MODALITIES[name](
             name,
-            RECIPE.model.modalities[name],
+            recipe.model.modalities[name],
             ModalitySchema(kind=name, members=MEMBERS[name], spec=spec.model_dump()),
         )
         for name, spec in SCHEMAS.items()
     }
 
 
-def make_pretrain(modalities: dict[str, Modality[Any, Any]], seed: int = 0) -> Pretrain:
+def recipe_with(**changes: Any) -> Recipe:
+    """The tiny recipe with values at dotted keys, written with ``__`` for the dots."""
+    tree = RECIPE.model_dump()
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return Recipe.model_validate(tree)
+
+
+def make_pretrain(modalities: dict[str, Modality[Any, Any]], seed: int = 0, recipe: Recipe = RECIPE) -> Pretrain:
     """A tiny pretraining task, all parameters perturbed so that nothing is accidentally zero."""
-    model = build_model(RECIPE.model, modalities, seed)
-    task = Pretrain(model, modalities, RECIPE.model.fusion, RECIPE.objective, seed)
+    model = build_model(recipe.model, modalities, seed)
+    task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in task.parameters():

@@ -1,17 +1,24 @@
+"""The packed pretraining step against the padded oracle, and the law of equal work."""
+
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lanistr.config import Recipe
 from lanistr.modalities.timeseries import Series
 from tests.model.padded_oracle import oracle_terms
 from tests.model.support import (
     NAMES,
+    RECIPE,
     make_batch,
     make_modalities,
     make_pretrain,
     random_samples,
+    recipe_with,
     total_loss,
 )
 
@@ -30,8 +37,26 @@ def gradients(task: torch.nn.Module) -> dict[str, torch.Tensor]:
 @settings(max_examples=25, deadline=None)
 @given(presence=PATTERNS, seed=st.integers(0, 1000))
 def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: list, seed: int) -> None:
-    modalities = make_modalities()
-    task = make_pretrain(modalities)
+    assert_equals_oracle(RECIPE, presence, seed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__modalities__text__fusion_tokens": "cls"},
+        {"objective__similarity": "cls"},
+        {"model__modalities__text__corruption": "bert"},
+        {"model__checkpoint_activations": True},
+    ],
+    ids=["text cls in fusion", "SimMMM over cls", "80/10/10", "activation checkpointing"],
+)
+def test_switches_equal_the_oracle_too(changes: dict) -> None:
+    assert_equals_oracle(recipe_with(**changes), [NAMES, ("text", "tabular"), ("image",), ()], 7)
+
+
+def assert_equals_oracle(recipe: Recipe, presence: Sequence[Sequence[str]], seed: int) -> None:
+    modalities = make_modalities(recipe)
+    task = make_pretrain(modalities, recipe=recipe)
     contents, masks = random_samples(modalities, presence, seed)
     loss, terms = total_loss(task, make_batch(modalities, contents, masks))
     loss.backward()
