@@ -9,7 +9,7 @@ buckets, N rows of a modality.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor
 MAX_BUCKETS = 6
 MIN_SAVING = 64
 T = TypeVar("T")
+L = TypeVar("L")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ class FusionIndex:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How a micro-batch came about.
+
+    Attributes:
+        plan_s, read_s, collate_s: seconds; reading includes decoding.
+        replaced: key and reason of each sample that another one stands in for.
+    """
+
+    plan_s: float = 0.0
+    read_s: float = 0.0
+    collate_s: float = 0.0
+    replaced: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
@@ -103,6 +119,7 @@ class Batch:
         presence_B: int64 bitmask in the manifest's bit order.
         inputs: per modality, in the manifest's order; what its `collate` returned.
         counts: how much each term predicts in this micro-batch (contract 4): known before forward.
+        loading: how it was loaded, for the log.
     """
 
     keys: tuple[str, ...]
@@ -113,6 +130,7 @@ class Batch:
     inputs: dict[str, Any]
     fusion: FusionIndex
     counts: dict[str, float]
+    loading: Loading = Loading()
 
     @property
     def size(self) -> int:
@@ -122,18 +140,20 @@ class Batch:
 
 def to_device(tree: T, device: torch.device | str) -> T:
     """Copy every tensor in nested dataclasses, dicts and tuples to ``device``."""
-    return cast(T, _to_device(tree, device))
+    return cast(T, map_leaves(tree, Tensor, lambda tensor: tensor.to(device, non_blocking=True)))
 
 
-def _to_device(tree: Any, device: torch.device | str) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device, non_blocking=True)
+def map_leaves(tree: Any, kind: type[L], function: Callable[[L], Any]) -> Any:
+    """The same nested dataclasses, dicts, lists and tuples with ``function`` of every ``kind`` in them."""
+    if isinstance(tree, kind):
+        return function(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(_to_device(v, device) for v in tree)
+        return type(tree)(map_leaves(v, kind, function) for v in tree)
     if isinstance(tree, dict):
-        return {k: _to_device(v, device) for k, v in tree.items()}
+        return {k: map_leaves(v, kind, function) for k, v in tree.items()}
     if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(tree, **{f.name: _to_device(getattr(tree, f.name), device) for f in fields(tree)})
+        changed = {f.name: map_leaves(getattr(tree, f.name), kind, function) for f in fields(tree)}
+        return replace(tree, **changed)
     return tree
 
 
@@ -212,22 +232,22 @@ def make_fusion_index(
     size = len(weights_B)
     rows_in_slot = np.zeros((size, 1 + len(rows)), dtype=np.int64)
     rows_in_slot[:, 0] = 1
-    pieces: list[list[np.ndarray]] = [[np.zeros(1, dtype=np.int64)] for _ in range(size * views)]
-    start = 1  # row 0 of the pool is [CLS]
+    first_in_pool = np.zeros((views, size, 1 + len(rows)), dtype=np.int64)  # row 0 of the pool is [CLS]
+    start = 1
     for source, (counts, sample_of, pool) in enumerate(zip(token_counts, rows, pool_sizes, strict=True), 1):
         np.add.at(rows_in_slot[:, source], sample_of, counts)
-        offsets = np.concatenate([[0], np.cumsum(counts)])[:-1]
-        for view in range(views):
-            for row, sample in enumerate(sample_of):
-                first = start + view * pool + offsets[row]
-                pieces[view * size + sample].append(np.arange(first, first + counts[row]))
+        # Rows of a sample are neighbours in the pool: the first one tells where all of them are.
+        offsets = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
+        first_in_pool[:, sample_of[::-1], source] = start + offsets[::-1] + pool * np.arange(views)[:, None]
         start += pool * views
-    lengths = [sum(map(len, p)) for p in pieces]
-    layout = make_layout(lengths)
-    per_sample = np.asarray(lengths[:size])
+    counts_VS = np.tile(rows_in_slot.ravel(), views)
+    ends = np.cumsum(counts_VS)
+    gather_T = np.repeat(first_in_pool.ravel() - (ends - counts_VS), counts_VS) + np.arange(ends[-1])
+    per_sample = rows_in_slot.sum(1)
+    layout = make_layout(np.tile(per_sample, views))
     slots = np.repeat(np.arange(rows_in_slot.size), rows_in_slot.ravel())
     return FusionIndex(
-        gather_T=torch.from_numpy(np.concatenate([piece for p in pieces for piece in p])),
+        gather_T=torch.from_numpy(gather_T),
         layout=layout,
         cls_S=layout.cu_seqlens[:-1].long(),
         token_weight_T=torch.from_numpy(np.repeat(weights_B / per_sample, per_sample).astype(np.float32)),

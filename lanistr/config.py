@@ -21,15 +21,27 @@ class DataConfig(Strict):
 
     Attributes:
         path: gold dataset; None = given on the command line.
-        workers: loader processes per rank; 0 = in the training process.
-        grouping: ``mixed`` = a plain permutation; ``stratified`` = by presence mask, similar lengths together.
-        crc: verify a member's crc32 when it is read.
+        mix: further datasets of the same schema, and how often per epoch each of their samples is seen (those of ``path``
+            once): 0.1 = a random tenth, 2 = twice, with new masks.
+        workers: loader processes per rank (a thread where no image is decoded); 0 = in the training process.
+        grouping: ``mixed`` = a plain permutation; ``stratified`` = every presence mask spread evenly over the steps;
+            ``grouped`` = stratified, and samples of similar length in the same step.
+        window: samples shuffled together, see `lanistr.data.plan.PlanOptions`; a remote dataset wants the samples of a
+            few shards.
+        crc: verify a member's crc32 the ``first`` time that a process reads it, ``always`` or ``never``.
+        max_bad: corrupt or vanished samples that a rank replaces before the run ends with an error.
+        cache, cache_gb: folder for the shards of remote datasets, and what it may hold.
     """
 
     path: str | None = None
+    mix: dict[str, float] = {}
     workers: int = Field(default=0, ge=0)
-    grouping: Literal["mixed", "stratified"] = "stratified"
-    crc: bool = True
+    grouping: Literal["mixed", "stratified", "grouped"] = "grouped"
+    window: int = Field(default=1 << 18, ge=1)
+    crc: Literal["first", "always", "never"] = "first"
+    max_bad: int = Field(default=100, ge=0)
+    cache: str = "~/.cache/lanistr"
+    cache_gb: float = Field(default=100.0, gt=0)
 
 
 class FusionConfig(Strict):
@@ -100,6 +112,8 @@ class OptimizerConfig(Strict):
     Attributes:
         global_batch: samples per optimizer step over all ranks.
         micro_batch: samples per rank and forward pass; None = global_batch / ranks (no accumulation).
+        max_tokens: fusion tokens per optimizer step over all ranks, never exceeded: steps then hold as many samples as
+            fit, and ``global_batch`` / ``micro_batch`` only say into how many forward passes a step is divided.
         epochs, max_steps: the run ends at whichever comes first.
         warmup: share of all steps.
         clip: gradient norm.
@@ -109,6 +123,7 @@ class OptimizerConfig(Strict):
 
     global_batch: int = Field(default=128, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     lr: float = Field(default=1e-4, gt=0)
     final_lr: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.02, ge=0)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, index_columns, sample_key
-from lanistr.transforms import MEMBERS
+from lanistr.transforms import MEMBERS, read_npy
 from tests.model.support import SCHEMAS, random_members
 
 CLASSES = ["low", "middle", "high"]
@@ -77,6 +77,9 @@ def _write_shard(
                 "source_row": i,
                 "tab": [],
             }
+            for name in names:
+                first = schemas[name].members[0]
+                row[f"length/{name}"] = len(read_npy(files[first])) if first in ("tok.npy", "ts.npy") else 1
             for member, data in files.items():
                 info = tarfile.TarInfo(f"{row['key']}.{member}")
                 info.size = len(data)

@@ -1,25 +1,31 @@
-"""Samples -> batches: corruption masks, dummies, packing, and the order of the plan."""
+"""Samples -> batches, in the order of the plan: corruption masks, dummies, packing; training and evaluation."""
 
+import hashlib
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from lanistr.batch import Batch, make_fusion_index
-from lanistr.data.plan import deal, epoch_order, eval_order, philox
-from lanistr.data.reader import GoldDataset, Sample
+from lanistr.batch import Batch, Loading, make_fusion_index
+from lanistr.data.mixing import MixedDataset
+from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window, deal, eval_order, philox
+from lanistr.data.prefetch import prefetch
+from lanistr.data.reader import CorruptSample, GoldDataset, Sample
 from lanistr.modalities.base import Collated, Modality
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Collator:
     """Makes a `Batch` of samples.
 
-    Masks come from a counter-based generator keyed by (seed, epoch, sample key, modality): they depend on neither rank,
-    worker nor batch.
+    Masks come from a counter-based generator keyed by (seed, epoch, repeat, sample key, modality): they depend on
+    neither rank, worker nor batch.
 
     Attributes:
         views: 2 = clean and masked (pretraining), 1 = clean.
@@ -69,7 +75,7 @@ class Collator:
         )
 
     def _drop(self, sample: Sample, epoch: int) -> Sample:
-        draws = philox("drop", self.seed, epoch, sample.key).random(len(self.modalities))
+        draws = philox("drop", self.seed, epoch, sample.repeat, sample.key).random(len(self.modalities))
         dropped = {name for name, draw in zip(self.modalities, draws, strict=True) if draw < self.modality_dropout}
         kept = {name: content for name, content in sample.contents.items() if name not in dropped}
         return replace(sample, contents=kept) if kept else sample
@@ -78,82 +84,131 @@ class Collator:
         self, name: str, modality: Modality[Any, Any], present: list[Sample], weights: np.ndarray, epoch: int
     ) -> Collated[Any]:
         contents = [sample.contents[name] for sample in present]
-        keys = [sample.key for sample in present]
+        names = [(sample.repeat, sample.key) for sample in present]
         if not present:  # the law of equal work: a dummy of weight 0 runs in the same place
-            contents, keys, weights = [modality.dummy()], ["dummy"], np.zeros(1, dtype=np.float32)
+            contents, names, weights = [modality.dummy()], [(0, "dummy")], np.zeros(1, dtype=np.float32)
         masks = None
         if self.views == 2:
             masks = [
-                modality.corrupt(content, philox("corrupt", self.seed, epoch, key, name))
-                for content, key in zip(contents, keys, strict=True)
+                modality.corrupt(content, philox("corrupt", self.seed, epoch, repeat, key, name))
+                for content, (repeat, key) in zip(contents, names, strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())
 
 
-class _Batches(Dataset[Batch]):
-    """Micro-batch ``i`` of a fixed list of positions (-1 = a padding sample of weight 0)."""
-
-    def __init__(self, dataset: GoldDataset, collator: Collator, positions: Sequence[np.ndarray], epoch: int):
-        self.dataset, self.collator, self.positions, self.epoch = dataset, collator, positions, epoch
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i: int) -> Batch:
-        samples = [self.dataset.read(max(0, int(position))) for position in self.positions[i]]
-        weights = [float(position >= 0) for position in self.positions[i]]
-        return self.collator(samples, weights, self.epoch)
-
-
-def _iterate(batches: _Batches, workers: int) -> Iterator[Batch]:
-    if workers == 0:
-        return (batches[i] for i in range(len(batches)))
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="forkserver",
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
 @dataclass(frozen=True)
 class LoaderState:
-    """Where a run is in the data: a few integers and the identity of what they count."""
+    """Where a run is in the data: a few integers and the identity of what they count.
+
+    Attributes:
+        content_id: of the data (with the weights of a mixture, or a digest of the chosen samples).
+        plan: the plan's options.
+        samples: in the data.
+        step: optimizer steps done.
+    """
 
     content_id: str
     seed: int
-    grouping: str
-    global_batch: int
+    plan: dict[str, Any]
     samples: int
     step: int
 
-    def check(self, other: "LoaderState") -> None:
+    def check(self, now: "LoaderState") -> None:
         """Raises ValueError naming both values where two states count different things."""
-        for name in ("content_id", "seed", "grouping", "global_batch", "samples"):
-            saved, now = getattr(self, name), getattr(other, name)
-            if saved != now:
-                raise ValueError(f"cannot resume: the checkpoint was trained with {name} {saved}, this run has {now}")
+        mine, theirs = ({**asdict(state), **state.plan} for state in (self, now))
+        for name in mine:
+            if name not in ("plan", "step") and mine[name] != theirs.get(name):
+                raise ValueError(
+                    f"cannot resume: the checkpoint was trained with {name} {mine[name]}, this run has {theirs.get(name)}"
+                )
+
+
+class _MicroBatches:
+    """Micro-batch ``i`` of one rank, counted over all steps and epochs. Runs in worker processes."""
+
+    def __init__(
+        self,
+        dataset: GoldDataset | MixedDataset,
+        collator: Collator,
+        plan: Plan,
+        positions: np.ndarray | None,
+        ranks: int,
+        rank: int,
+        micro_batches: int,
+    ):
+        self.dataset, self.collator, self.plan, self.positions = dataset, collator, plan, positions
+        self.ranks, self.rank, self.micro_batches = ranks, rank, micro_batches
+        self._windows: Iterator[Window] = iter(())
+        self._window: tuple[int, Window] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_windows": iter(()), "_window": None}
+
+    def items(self, index: int) -> tuple[int, np.ndarray]:
+        """Epoch and planned items of a micro-batch."""
+        step, micro = divmod(index, self.micro_batches)
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        equal_counts = self.plan.options.max_tokens is None
+        dealt = deal(self._find_window(epoch, within).step(within), self.ranks, self.micro_batches, equal_counts)
+        return epoch, dealt[self.rank][micro]
+
+    def _find_window(self, epoch: int, step: int) -> Window:
+        """The window that holds a step; going forward, the next one is planned and nothing before it again."""
+        if self._window is None or self._window[0] != epoch or step < self._window[1].first:
+            self._windows = self.plan.windows(epoch, step)
+            self._window = epoch, next(self._windows)
+        while step >= self._window[1].stop:
+            self._window = epoch, next(self._windows)
+        return self._window[1]
+
+    def __call__(self, index: int) -> Batch:
+        """Plan, read and collate."""
+        begin = time.perf_counter()
+        epoch, items = self.items(index)
+        planned = time.perf_counter()
+        replaced: list[tuple[str, str]] = []
+        samples = [self._read(int(item), epoch, replaced) for item in items]
+        read = time.perf_counter()
+        batch = self.collator(samples, [1.0] * len(samples), epoch)
+        done = time.perf_counter()
+        return replace(batch, loading=Loading(planned - begin, read - planned, done - read, tuple(replaced)))
+
+    def _read(self, item: int, epoch: int, replaced: list[tuple[str, str]]) -> Sample:
+        repeat, position = divmod(item, self.plan.samples)
+        if self.positions is not None:
+            position = int(self.positions[position])
+        key = (self.collator.seed, epoch, repeat)
+        try:
+            return replace(self.dataset.read(position, key), repeat=repeat)
+        except CorruptSample as bad:
+            replaced.append((bad.key, bad.reason))
+            last = bad
+        for substitute in self.dataset.substitutes(position, *key):
+            try:
+                return replace(self.dataset.read(substitute, key), repeat=repeat)
+            except CorruptSample as bad:
+                replaced.append((bad.key, bad.reason))
+        raise ValueError(f"{last.reason}; and no sample with the same modalities could be read in its place")
 
 
 class TrainLoader:
     """Optimizer steps of one rank, in the order of the plan.
 
     Args:
-        dataset: the split.
+        dataset: the split, or several mixed.
         collator: makes batches.
         global_batch: samples per step over all ranks.
         micro_batch: samples per rank and forward pass; None = global_batch / ranks.
+        max_tokens: tokens per step over all ranks instead; ``global_batch`` and ``micro_batch`` then only say into how
+            many micro-batches a step is divided.
         ranks, rank: the world.
-        seed, grouping: of the plan.
-        workers: loader processes; 0 = in this process.
+        seed, grouping, window: of the plan.
+        workers: loader processes (a thread where no modality is heavy to decode); 0 = in this process.
         positions: a subset of the split (None = all of it).
+        max_bad: bad samples that are replaced before the run ends with an error.
+
+    Attributes:
+        bad: reason by key of the samples that were replaced so far.
 
     Raises:
         ValueError: sizes that do not divide, or fewer samples than one global batch.
@@ -161,7 +216,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: GoldDataset,
+        dataset: GoldDataset | MixedDataset,
         collator: Collator,
         *,
         global_batch: int,
@@ -172,49 +227,79 @@ class TrainLoader:
         grouping: str,
         workers: int = 0,
         positions: np.ndarray | None = None,
+        max_tokens: int | None = None,
+        window: int = 1 << 18,
+        max_bad: int = 100,
     ):
-        self.dataset, self.collator, self.workers = dataset, collator, workers
-        self.ranks, self.rank, self.seed, self.grouping = ranks, rank, seed, grouping
-        self.global_batch = global_batch
+        self.dataset, self.workers, self.max_bad = dataset, workers, max_bad
+        self.bad: dict[str, str] = {}
         per_rank, rest = divmod(global_batch, ranks)
         if rest:
             raise ValueError(f"global_batch {global_batch} is not a multiple of {ranks} ranks")
         self.micro_batches, rest = divmod(per_rank, micro_batch or per_rank)
         if rest or not self.micro_batches:
             raise ValueError(f"{per_rank} samples per rank and step are not a multiple of micro_batch {micro_batch}")
+        source: Any = dataset
+        self._content_id = dataset.content_id
+        if positions is not None:
+            assert isinstance(dataset, GoldDataset), "a subset of a mixture has no use yet"
+            source = Table(dataset.content_id, dataset.facts_of(positions))
+            self._content_id += "/" + hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16]
+        options = PlanOptions(cast(Grouping, grouping), global_batch, max_tokens, window)
+        self.plan = Plan(source, seed, options)
+        slots = ranks * self.micro_batches
+        if max_tokens and self.plan.fewest_samples < slots:
+            raise ValueError(
+                f"max_tokens {max_tokens}: a step may hold only {self.plan.fewest_samples} of the longest samples "
+                f"({self.plan.longest} tokens), fewer than {slots} micro-batches on all ranks"
+            )
         self.positions = np.arange(dataset.n) if positions is None else positions
-        self.steps_per_epoch = len(self.positions) // global_batch
-        self._order(0)  # raises for a split smaller than one global batch
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self._make = _MicroBatches(dataset, collator, self.plan, positions, ranks, rank, self.micro_batches)
 
     def state(self, step: int) -> LoaderState:
         """The state before step ``step``."""
-        content_id = self.dataset.manifest.content_id
-        return LoaderState(content_id, self.seed, self.grouping, self.global_batch, len(self.positions), step)
+        return LoaderState(self._content_id, self.plan.seed, asdict(self.plan.options), self.plan.samples, step)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        local = epoch_order(
-            self.dataset.manifest.content_id,
-            self.seed,
-            epoch,
-            self.grouping,
-            self.global_batch,
-            self.dataset.presence[self.positions],
-            self.dataset.cost[self.positions],
-        )
-        return self.positions[local]
+    def steps(self, start: int, stop: int, device: torch.device | str = "cpu") -> Iterator[list[Batch]]:
+        """This rank's micro-batches of steps ``start`` to ``stop`` (counted over all epochs).
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of steps ``start`` to ``stop`` (counted over all epochs)."""
-        step = start
-        while step < stop:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            last = min(self.steps_per_epoch, first + stop - step)
-            rows = self._order(epoch)[first:last]
-            mine = [micro for row in rows for micro in deal(row, self.ranks, self.micro_batches)[self.rank]]
-            batches = _iterate(_Batches(self.dataset, self.collator, mine, epoch), self.workers)
-            for _ in rows:
-                yield [next(batches) for _ in range(self.micro_batches)]
-            step += len(rows)
+        Args:
+            start, stop: steps.
+            device: GPUs get the batches ahead of time.
+
+        Raises:
+            ValueError: more than ``max_bad`` bad samples, or one that nothing can stand in for.
+        """
+        heavy = any(modality.heavy for modality in self.dataset.modalities.values())
+        indices = range(start * self.micro_batches, stop * self.micro_batches)
+        batches = prefetch(self._make, indices, self.workers, heavy, device)
+        for _ in range(start, stop):
+            step = [next(batches) for _ in range(self.micro_batches)]
+            self._note_bad(step)
+            yield step
+
+    def _note_bad(self, batches: Sequence[Batch]) -> None:
+        for key, reason in (bad for batch in batches for bad in batch.loading.replaced):
+            if key not in self.bad:
+                logger.warning(
+                    "sample %s replaced (%d of at most %d): %s", key, len(self.bad) + 1, self.max_bad, reason
+                )
+            self.bad[key] = reason
+        if len(self.bad) > self.max_bad:
+            last = list(self.bad.values())[-1]
+            raise ValueError(f"{len(self.bad)} bad samples, more than max_bad {self.max_bad}; the last: {last}")
+
+
+class _EvalBatches:
+    """Batch ``i`` of fixed lists of positions; -1 = a padding sample of weight 0."""
+
+    def __init__(self, dataset: GoldDataset, collator: Collator, positions: np.ndarray):
+        self.dataset, self.collator, self.positions = dataset, collator, positions
+
+    def __call__(self, index: int) -> Batch:
+        samples = [self.dataset.read(max(0, int(position))) for position in self.positions[index]]
+        return self.collator(samples, [float(position >= 0) for position in self.positions[index]], 0)
 
 
 def eval_batches(
@@ -227,6 +312,12 @@ def eval_batches(
     workers: int = 0,
     positions: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the samples, each exactly once; every rank gets equally many batches."""
+    """This rank's share of the samples, each exactly once; every rank gets equally many batches.
+
+    Raises:
+        CorruptSample: a sample that cannot be read: a result over other samples than asked for is no result.
+    """
     order = eval_order(np.arange(dataset.n) if positions is None else positions, ranks, batch)
-    return _iterate(_Batches(dataset, collator, list(order[:, rank]), 0), workers)
+    make = _EvalBatches(dataset, collator, order[:, rank])
+    heavy = any(modality.heavy for modality in dataset.modalities.values())
+    return prefetch(make, range(len(order)), workers, heavy)

@@ -1,23 +1,44 @@
-"""Random access into the tars of a gold dataset through its index."""
+"""Random access into the tars of a gold dataset through its index: only the members that the recipe uses."""
 
-import os
+import logging
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lanistr.data.plan import philox
+from lanistr.config import DataConfig
+from lanistr.data.index import ShardIndex, SplitIndex
+from lanistr.data.plan import Facts, philox
+from lanistr.data.remote import Blob, Store, open_store
 from lanistr.manifest import Manifest
 from lanistr.modalities.base import Modality
 
+logger = logging.getLogger(__name__)
+Crc = Literal["first", "always", "never"]
+OPEN_FILES = 256
+GAP = 1023  # a header and padding: neighbours in the tar come in one read, and nothing else comes with them
+TRIES = 8  # replacements tried for one bad sample
+
 
 class CorruptSample(ValueError):
-    """A member whose bytes are not what the index says, or cannot be decoded."""
+    """A sample whose bytes are gone, are not what the index says, or cannot be decoded.
+
+    Attributes:
+        key: of the sample.
+        reason: what is wrong, and where.
+    """
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(reason)
+        self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # through the pipe of a worker process
+        return type(self), (self.key, self.reason)
 
 
 @dataclass(frozen=True)
@@ -28,97 +49,201 @@ class Sample:
         presence: bitmask of the modalities in use.
         label: -1 = unlabelled.
         contents: what `Modality.decode` returned, present modalities only.
+        repeat: how many times the epoch has already seen it; a repeat draws new masks.
     """
 
     key: str
     presence: int
     label: int
     contents: dict[str, Any]
+    repeat: int = 0
 
 
 class GoldDataset:
     """One split of a gold dataset, read member by member.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or an fsspec address.
         split: ``train``, ``val`` or ``test``.
         modalities: those in use; others are never read.
-        crc: verify each member's crc32.
+        crc: verify a member's crc32 the ``first`` time that this process reads it, ``always`` or ``never``.
+        store: where the files are; None = found by ``path``, with the default cache.
 
     Raises:
         ValueError: no manifest, a missing shard or index, an empty split.
     """
 
-    def __init__(self, path: str | Path, split: str, modalities: Mapping[str, Modality[Any, Any]], crc: bool = True):
-        self.path, self.split, self.crc = Path(path), split, crc
-        self.manifest = Manifest.load(path)
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        modalities: Mapping[str, Modality[Any, Any]],
+        crc: Crc = "first",
+        store: Store | None = None,
+    ):
+        self.path, self.split, self.crc = path, split, crc
+        self.store = store or _default_store(path, DataConfig())
+        self.manifest = Manifest.load(self.store.folder())
         self.modalities = dict(modalities)
-        members = [m for modality in modalities.values() for m in modality.members]
-        columns = [f"{field}/{m}" for m in members for field in ("offset", "size", "crc32")]
-        table = self._read_index(["key", "presence", "label", "cost", *columns])
-        self.keys: list[str] = table["key"].to_pylist()
-        self.n = len(self.keys)
+        self.shards = self.manifest.shards_of(split)
+        self.shard_sizes = np.array([shard.n for shard in self.shards], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.n = int(self.starts[-1])
         if not self.n:
             raise ValueError(f"{path}: split {split!r} is empty")
-        used = sum(self.manifest.bit(name) for name in modalities)
-        self.presence = table["presence"].to_numpy().astype(np.int64) & used
-        self.label = table["label"].to_numpy().astype(np.int64)
-        self.cost = table["cost"].to_numpy().astype(np.float64)
-        self._places = {c: table[c].to_numpy() for c in columns}
-        shards = self.manifest.shards_of(split)
-        self._shard = np.repeat(np.arange(len(shards)), [s.n for s in shards])
-        self._paths = [str(self.path / s.path) for s in shards]
-        self._files: dict[int, int] = {}
-        self._process = os.getpid()
-
-    def _read_index(self, columns: list[str]) -> pa.Table:
-        tables = []
-        for shard in self.manifest.shards_of(self.split):
+        for shard in self.shards:
             for file in (shard.path, shard.index):
-                if not (self.path / file).is_file():
-                    raise ValueError(f"{self.path / file}: missing, but the manifest names it; rebuild the dataset")
-            table = pq.read_table(self.path / shard.index, columns=columns)
-            if table.num_rows != shard.n:
-                raise ValueError(f"{shard.index}: {table.num_rows} rows, the manifest says {shard.n}")
-            tables.append(table)
-        if not tables:
-            raise ValueError(f"{self.path}: no shards in split {self.split!r}")
-        return pa.concat_tables(tables)
+                if not self.store.exists(file):
+                    raise ValueError(f"{path}: {file} is missing, but the manifest names it; rebuild the dataset")
+        self.index = SplitIndex(self.store, self.manifest, self.shards, self.modalities)
+        self._blobs: OrderedDict[int, Blob] = OrderedDict()
+        self._verified: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("keys", "presence", "label")}
+        return {**state, "_blobs": OrderedDict(), "_verified": {}}
 
-    def read(self, position: int) -> Sample:
-        """Read and decode the sample at ``position``. Raises `CorruptSample`."""
+    @property
+    def content_id(self) -> str:
+        """Identity of the data."""
+        return self.manifest.content_id
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """Each shard once per epoch."""
+        return np.ones(len(self.shards))
+
+    def facts(self, shard: int) -> Facts:
+        """For the plan (`lanistr.data.plan.Source`)."""
+        return self.index[shard].facts
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Of all samples: loads the whole index."""
+        return [key.decode() for part in self._parts() for key in part.keys_N]
+
+    @cached_property
+    def presence(self) -> np.ndarray:
+        """(n,) int64 bitmasks of the modalities in use: loads the whole index."""
+        return np.concatenate([part.presence_N for part in self._parts()])
+
+    @cached_property
+    def label(self) -> np.ndarray:
+        """(n,) int64, -1 = unlabelled: loads the whole index."""
+        return np.concatenate([part.label_N for part in self._parts()])
+
+    def facts_of(self, positions: np.ndarray) -> Facts:
+        """For the plan of a subset: loads the whole index."""
+        parts = [part.facts for part in self._parts()]
+        columns = ("strata_N", "tokens_N", "lengths_N")
+        return Facts(*(np.concatenate([getattr(facts, name) for facts in parts])[positions] for name in columns))
+
+    def _parts(self) -> list[ShardIndex]:
+        return [self.index[shard] for shard in range(len(self.shards))]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Shard and row of a sample."""
+        shard = int(np.searchsorted(self.starts, position, "right")) - 1
+        return shard, position - int(self.starts[shard])
+
+    def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Sample:
+        """Read and decode the sample at ``position``.
+
+        Args:
+            position: in the split.
+            rng_key: draw random augmentations keyed by this and the sample; None = decode plainly.
+
+        Raises:
+            CorruptSample: its bytes are gone or damaged.
+        """
+        shard, row = self.locate(position)
+        part = self.index[shard]
+        key, presence = part.keys_N[row].decode(), int(part.presence_N[row])
         contents: dict[str, Any] = {}
+        members = self.members(position)
         for name, modality in self.modalities.items():
-            if self.presence[position] & self.manifest.bit(name):
-                members = {m: self._member(position, m) for m in modality.members}
-                try:
-                    contents[name] = modality.decode(members)
-                except ValueError as error:
-                    raise CorruptSample(f"{self._where(position)}: {error}") from None
-        presence, label = int(self.presence[position]), int(self.label[position])
-        return Sample(self.keys[position], presence, label, contents)
+            if not presence & self.index.bits[name]:
+                continue
+            own = {m: members[m] for m in modality.members}
+            try:
+                if rng_key is not None and modality.augments:
+                    contents[name] = modality.decode_augmented(own, philox("augment", *rng_key, key, name))
+                else:
+                    contents[name] = modality.decode(own)
+            except ValueError as error:
+                raise CorruptSample(key, f"{self._where(shard, key)}: {error}") from None
+        return Sample(key, presence, int(part.label_N[row]), contents)
 
-    def _member(self, position: int, member: str) -> bytes:
-        offset, size, crc = (int(self._places[f"{field}/{member}"][position]) for field in ("offset", "size", "crc32"))
-        data = os.pread(self._open(int(self._shard[position])), size, offset)
-        if len(data) != size:
-            raise CorruptSample(f"{self._where(position)}.{member}: {len(data)} bytes of {size}; truncated shard?")
-        if self.crc and zlib.crc32(data) != crc:
-            raise CorruptSample(f"{self._where(position)}.{member}: crc32 differs from the index")
-        return data
+    def members(self, position: int) -> dict[str, bytes]:
+        """The raw members of a sample that are in use. Raises `CorruptSample`."""
+        shard, row = self.locate(position)
+        part = self.index[shard]
+        wanted = [(int(o[row]), int(s[row]), m) for m, (o, s, _) in part.places.items() if o[row] >= 0]
+        key = part.keys_N[row].decode()
+        try:
+            found = _read_runs(self._blob(shard), sorted(wanted))
+        except OSError as error:
+            raise CorruptSample(key, f"{self._where(shard, key)}: cannot be read: {error}") from None
+        for _, size, member in wanted:
+            if len(found[member]) != size:
+                reason = f"{len(found[member])} bytes of {size}; truncated shard?"
+                raise CorruptSample(key, f"{self._where(shard, key)}.{member}: {reason}")
+        if self._must_verify(shard, row):
+            for _, _, member in wanted:
+                if zlib.crc32(found[member]) != part.places[member][2][row]:
+                    raise CorruptSample(key, f"{self._where(shard, key)}.{member}: crc32 differs from the index")
+            if self.crc == "first":
+                self._verified[shard][row] = True
+        return found
 
-    def _open(self, shard: int) -> int:
-        if self._process != os.getpid():  # a forked worker opens its own files
-            self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        return self._files[shard]
+    def _must_verify(self, shard: int, row: int) -> bool:
+        if self.crc != "first":
+            return self.crc == "always"
+        if shard not in self._verified:
+            self._verified[shard] = np.zeros(self.shards[shard].n, dtype=bool)
+        return not self._verified[shard][row]
 
-    def _where(self, position: int) -> str:
-        return f"{self._paths[int(self._shard[position])]}: {self.keys[position]}"
+    def _blob(self, shard: int) -> Blob:
+        if shard not in self._blobs:
+            described = self.shards[shard]
+            blob = self._blobs[shard] = self.store.open(described.path, described.bytes, described.sha256)
+            if blob.size != described.bytes:
+                logger.warning(
+                    "%s: %d bytes, the manifest says %d: samples that are damaged will be replaced",
+                    described.path,
+                    blob.size,
+                    described.bytes,
+                )
+            if len(self._blobs) > OPEN_FILES:
+                self._blobs.popitem(last=False)[1].close()
+        else:
+            self._blobs.move_to_end(shard)
+        return self._blobs[shard]
+
+    def _where(self, shard: int, key: str) -> str:
+        return f"{self.path}/{self.shards[shard].path}: {key}"
+
+    def substitutes(self, position: int, *rng_key: object) -> list[int]:
+        """Positions of samples that may stand in for a bad one: same presence mask, not longer where there is such a one.
+
+        A function of the sample and ``rng_key`` only. Each comes from another shard as far as there are shards: the own
+        one may be gone as a whole.
+        """
+        shard, row = self.locate(position)
+        part = self.index[shard]
+        key, presence, tokens = part.keys_N[row], part.presence_N[row], part.facts.tokens_N[row]
+        found = []
+        for attempt in range(TRIES):
+            other = (shard + attempt) % len(self.shards)
+            mates = self.index[other].presence_N == presence
+            if other == shard:
+                mates[row] = False
+            shorter = mates & (self.index[other].facts.tokens_N <= tokens)
+            rows = np.flatnonzero(shorter if shorter.any() else mates)
+            if len(rows):
+                draw = int(philox("substitute", *rng_key, key.decode(), attempt).integers(len(rows)))
+                found.append(int(self.starts[other]) + int(rows[draw]))
+        return found
 
     def labelled(self, limit: int | None, seed: int) -> np.ndarray:
         """Positions of ``limit`` labelled samples (None = all), spread over the classes as in the split, ascending.
@@ -140,3 +265,39 @@ class GoldDataset:
             rows = np.flatnonzero(classes == value)
             place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
         return np.sort(order[np.argsort(place, kind="stable")[:limit]])
+
+
+def _read_runs(blob: Blob, wanted: list[tuple[int, int, str]]) -> dict[str, bytes]:
+    """Members by name; neighbours come in one read, unused ones between them are skipped.
+
+    Args:
+        blob: the tar.
+        wanted: (offset, size, member), ascending.
+    """
+    found: dict[str, bytes] = {}
+    while wanted:
+        begin, end, count = wanted[0][0], wanted[0][0] + wanted[0][1], 1
+        while count < len(wanted) and wanted[count][0] - end <= GAP:
+            end = wanted[count][0] + wanted[count][1]
+            count += 1
+        data = blob.read(begin, end - begin)
+        for offset, size, member in wanted[:count]:
+            found[member] = data[offset - begin : offset - begin + size]
+        wanted = wanted[count:]
+    return found
+
+
+def _default_store(path: str | Path, config: DataConfig) -> Store:
+    return open_store(path, config.cache, int(config.cache_gb * 1e9))
+
+
+def load_manifest(path: str | Path, config: DataConfig) -> Manifest:
+    """The manifest of a dataset, wherever it is. Raises ValueError where there is none."""
+    return Manifest.load(_default_store(path, config).folder())
+
+
+def open_split(
+    path: str | Path, split: str, modalities: Mapping[str, Modality[Any, Any]], config: DataConfig
+) -> GoldDataset:
+    """A split, read as the recipe says. Raises ValueError as `GoldDataset` does."""
+    return GoldDataset(path, split, modalities, config.crc, _default_store(path, config))

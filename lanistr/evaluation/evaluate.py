@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from lanistr.config import load_recipe
-from lanistr.data.reader import GoldDataset
+from lanistr.data.reader import load_manifest, open_split
 from lanistr.evaluation.metrics import evaluate_classification
-from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
 from lanistr.training.checkpoint import WEIGHTS, load_weights
 from lanistr.training.finetune import make_task, predict
@@ -27,11 +26,11 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
     if identity["task"] != "finetune" or not (run / "best" / WEIGHTS).is_file():
         raise ValueError(f"{run}: no best weights; only a finished fine-tuning run can be evaluated")
     recipe = load_recipe(str(run / "recipe.yaml"))
-    manifest = Manifest.load(data)
+    manifest = load_manifest(data, recipe.data)
     if manifest.labels != identity["labels"]:
         raise ValueError(f"{data} has labels {manifest.labels}, {run} was trained on {identity['labels']}")
     modalities = make_modalities(manifest, recipe.model.modalities)
-    dataset = GoldDataset(data, split, modalities, recipe.data.crc)
+    dataset = open_split(data, split, modalities, recipe.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = make_task(recipe, manifest, device.type).to(device)
     report = load_weights(task, run / "best" / WEIGHTS)

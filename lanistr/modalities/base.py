@@ -42,6 +42,8 @@ class Modality(ABC, Generic[ContentT, InputT]):
     kind: ClassVar[str]
     term: ClassVar[str]  # name of its reconstruction loss, for example "mlm"
     Config: ClassVar[type[Strict]]  # its block in the recipe
+    heavy: ClassVar[bool] = False  # decoding a sample takes so long that it wants a process of its own
+    augments: bool = False  # whether `decode_augmented` is anything else than `decode`
 
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         self.name = name
@@ -59,6 +61,14 @@ class Modality(ABC, Generic[ContentT, InputT]):
     @abstractmethod
     def decode(self, members: Mapping[str, bytes]) -> ContentT:
         """Content of the members of one sample. Raises ValueError for corrupt bytes."""
+
+    def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> ContentT:
+        """As `decode`, for training, with random augmentations."""
+        return self.decode(members)
+
+    def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
+        """Tokens that samples of these lengths in the index (each at least 1) give to fusion: what they cost."""
+        return lengths_N
 
     @abstractmethod
     def dummy(self) -> ContentT:

@@ -27,6 +27,9 @@ class ImageConfig(Strict):
         pretrained: hub name or path of ViT weights; the sizes then come from there.
         mask_ratio: share of patches masked (SimMIM).
         pooler: the ViT's unused pooler, carried frozen by the ``official`` preset only.
+        crop: in training, a random crop of this share of the area and an aspect ratio of 3/4 to 4/3, for example
+            [0.6, 1.0] (Szegedy et al. 2015); None = the centre, always.
+        flip: in training, chance of a horizontal flip. Off by default: text about "left" does not survive it.
     """
 
     pretrained: str | None = None
@@ -38,9 +41,13 @@ class ImageConfig(Strict):
     intermediate: int = 3072
     mask_ratio: float = Field(default=0.5, gt=0, lt=1)
     pooler: bool = False
+    crop: tuple[float, float] | None = None
+    flip: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _patches_fill_image(self) -> "ImageConfig":
+        if self.crop and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop {self.crop}: write [smallest, largest] share of the area, above 0, at most 1")
         if self.size % self.patch:
             raise ValueError(f"size {self.size} is not a multiple of patch {self.patch}")
         return self
@@ -68,10 +75,12 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     kind = "image"
     term = "mim"
     Config = ImageConfig
+    heavy = True
 
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         super().__init__(name, config, schema)
         self.config = self.parse_config(ImageConfig, config)
+        self.augments = self.config.crop is not None or self.config.flip > 0
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:
@@ -80,20 +89,38 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Centre crop, resize to ``size``, cut into patches."""
-        size, patch = self.config.size, self.config.patch
-        try:
-            with Image.open(io.BytesIO(members["jpg"])) as opened:
-                image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"jpg: {error}") from None
-        short = min(image.size)
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
-        if short != size:
+        size = self.config.size
+        image = _open_rgb(members["jpg"], size)
+        if image.width != image.height:
+            image = image.crop(_centre(image))
+        if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return self._patches(image)
+
+    def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> np.ndarray:
+        """Random resized crop and flip, where the recipe asks for them."""
+        size = self.config.size
+        area, log_ratio, x, y, flip = rng.random(5)
+        # A crop of share a of the area needs 1 / sqrt(a) of the resolution.
+        smallest = self.config.crop[0] if self.config.crop else 1.0
+        image = _open_rgb(members["jpg"], int(np.ceil(size / np.sqrt(smallest))))
+        box: tuple[float, float, float, float] = _centre(image)
+        if self.config.crop:
+            box = _random_box(image.size, self.config.crop, area, log_ratio, x, y)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        if flip < self.config.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._patches(image)
+
+    def _patches(self, image: Image.Image) -> np.ndarray:
+        size, patch = self.config.size, self.config.patch
         side = size // patch
         pixels = np.asarray(image).reshape(side, patch, side, patch, 3)
         return np.ascontiguousarray(pixels.transpose(0, 2, 4, 1, 3)).reshape(side * side, -1)
+
+    def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
+        """[CLS] and the patches."""
+        return np.full_like(lengths_N, (self.config.size // self.config.patch) ** 2 + 1)
 
     def dummy(self) -> np.ndarray:
         """A single grey patch."""
@@ -132,6 +159,39 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def build(self, width: int, attention: str) -> "ImageEncoder":
         """ViT (dense SDPA: all images have one length), its projection and its pixel decoder."""
         return ImageEncoder(self.config, width)
+
+
+def _open_rgb(data: bytes, size: int) -> Image.Image:
+    """Decode a JPEG; a much larger one at a half, quarter or eighth of its size, at least ``size`` on both sides.
+
+    Raises:
+        ValueError: not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.draft("RGB", (size, size))
+            return opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"jpg: {error}") from None
+
+
+def _centre(image: Image.Image) -> tuple[int, int, int, int]:
+    """The largest square around the centre: left, top, right, bottom."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    return left, top, left + short, top + short
+
+
+def _random_box(
+    image: tuple[int, int], crop: tuple[float, float], area: float, log_ratio: float, x: float, y: float
+) -> tuple[float, float, float, float]:
+    """A crop of a random share of the area and a random aspect ratio, from four draws in [0, 1)."""
+    width, height = image
+    pixels = width * height * (crop[0] + area * (crop[1] - crop[0]))
+    ratio = np.exp((2 * log_ratio - 1) * np.log(4 / 3))
+    w, h = min(width, np.sqrt(pixels * ratio)), min(height, np.sqrt(pixels / ratio))
+    left, top = x * (width - w), y * (height - h)
+    return left, top, left + w, top + h
 
 
 class MIMHead(nn.Module):

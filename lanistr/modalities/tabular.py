@@ -111,6 +111,10 @@ class TabularModality(Modality[Row, TabularInput]):
             raise ValueError(f"tab.npy: category ids {ids.tolist()}, cardinalities {self.cardinality.tolist()}")
         return Row(numbers.astype(np.float32), ids, observed_K)
 
+    def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
+        """One per decision step."""
+        return np.full_like(lengths_N, self.config.steps)
+
     def dummy(self) -> Row:
         """A row of means and missing categories."""
         numeric, categories = len(self.mean), len(self.cardinality)

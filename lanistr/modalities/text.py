@@ -95,6 +95,10 @@ class TextModality(Modality[np.ndarray, TextInput]):
             ids = np.append(ids[: self.config.max_tokens - 1], self.spec.sep_id)
         return ids
 
+    def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
+        """Cut to ``max_tokens``."""
+        return np.minimum(lengths_N, self.config.max_tokens)
+
     def dummy(self) -> np.ndarray:
         """A single unknown token."""
         return np.array([self.spec.unk_id])

@@ -69,6 +69,24 @@ class SeriesInput:
     weights_tC: Tensor
 
 
+def _runs(draws_uG: np.ndarray, first_G: np.ndarray, start: float, stop: float) -> np.ndarray:
+    """(u + 1, G) states of two-state chains that begin with ``first_G``.
+
+    An open chain closes where its draw is below ``stop``, a closed one opens where it is below ``start``. So a draw below
+    both flips the state, one between them sets it, one above both keeps it: the state is what it was set to last, flipped
+    as often as there were flips since.
+    """
+    low, high = min(start, stop), max(start, stop)
+    flips_uG = np.concatenate([np.zeros((1, len(first_G)), dtype=np.int64), np.cumsum(draws_uG < low, axis=0)])
+    is_set_uG = (draws_uG >= low) & (draws_uG < high)
+    places = np.arange(1, len(draws_uG) + 1)[:, None]
+    last_uG = np.concatenate([np.zeros((1, len(first_G)), dtype=np.int64), np.where(is_set_uG, places, 0)])
+    last_uG = np.maximum.accumulate(last_uG, axis=0)
+    value_uG = np.where(last_uG > 0, start > stop, first_G)
+    flipped_uG = (flips_uG - np.take_along_axis(flips_uG, last_uG, axis=0)) % 2 == 1
+    return value_uG ^ flipped_uG
+
+
 class SeriesModality(Modality[Series, SeriesInput]):
     """Content: `Series`."""
 
@@ -109,6 +127,10 @@ class SeriesModality(Modality[Series, SeriesInput]):
         known = observed if self.spec.grid is None else np.isfinite(values)
         return Series(np.where(known, (values - self.mean) / self.std, 0).astype(np.float32), observed)
 
+    def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
+        """Cut to ``max_steps``."""
+        return np.minimum(lengths_N, self.config.max_steps)
+
     def dummy(self) -> Series:
         """A single step of zeros."""
         shape = (1, len(self.mean))
@@ -121,12 +143,8 @@ class SeriesModality(Modality[Series, SeriesInput]):
         stop = 1 / self.config.mask_length
         start = stop * self.config.mask_ratio / (1 - self.config.mask_ratio)
         draws = rng.random((steps, groups))
-        mask_tG = np.zeros((steps, groups), dtype=bool)
-        masked_G = rng.random(groups) < self.config.mask_ratio
-        for step in range(steps):
-            mask_tG[step] = masked_G
-            masked_G = np.where(masked_G, draws[step] >= stop, draws[step] < min(1.0, start))
-        mask_tC = mask_tG[:, self.group_of_C]
+        first_G = rng.random(groups) < self.config.mask_ratio
+        mask_tC = _runs(draws[:-1], first_G, min(1.0, start), stop)[:, self.group_of_C]
         if not (mask_tC & content.observed_tC).any():
             observed = np.argwhere(content.observed_tC)
             if len(observed):

@@ -11,7 +11,7 @@ import torch
 from lanistr.batch import to_device
 from lanistr.config import FinetuneConfig, Recipe
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
-from lanistr.data.reader import GoldDataset
+from lanistr.data.reader import GoldDataset, load_manifest, open_split
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
@@ -117,27 +117,30 @@ def finetune(
     config = recipe.finetune
     if source is None and config.freeze == "encoders":
         raise ValueError("--from none with finetune.freeze=encoders would freeze encoders that were never trained")
-    manifest = Manifest.load(data)
+    manifest = load_manifest(data, recipe.data)
     if not manifest.labels:
         raise ValueError(f"{data}: dataset {manifest.name} has no labels")
     modalities = make_modalities(manifest, recipe.model.modalities)
     resuming = check_run(run, resuming)
     pretrained = _pretrained_weights(source) if source else None
     rank, world, _ = distributed.world_from_environment()
-    dataset = GoldDataset(data, "train", modalities, recipe.data.crc)
+    dataset = open_split(data, "train", modalities, recipe.data)
     loader = TrainLoader(
         dataset,
         Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout),
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
+        max_tokens=config.max_tokens,
         ranks=world,
         rank=rank,
         seed=config.seed,
         grouping=recipe.data.grouping,
         workers=recipe.data.workers,
+        window=recipe.data.window,
+        max_bad=recipe.data.max_bad,
         positions=dataset.labelled(labels, config.seed),
     )
-    val = GoldDataset(data, "val", modalities, recipe.data.crc)
+    val = open_split(data, "val", modalities, recipe.data)
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     task = make_task(recipe, manifest, device.type, config.precision)

@@ -51,7 +51,7 @@ def train(
     manifest = loader.dataset.manifest
     bits = {name: manifest.bit(name) for name in loader.dataset.modalities}
     monitor = Monitor(run, step, total, config.log_every, bits)
-    batches = loader.steps(step, total)
+    batches = loader.steps(step, total, engine.device)
     engine.module.train()
     while step < total:
         asked = time.perf_counter()

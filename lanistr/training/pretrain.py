@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lanistr.config import Recipe
 from lanistr.data.loader import Collator, TrainLoader
-from lanistr.data.reader import GoldDataset
-from lanistr.manifest import Manifest
+from lanistr.data.mixing import MixedDataset
+from lanistr.data.reader import load_manifest, open_split
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
@@ -23,21 +23,27 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
         ValueError: anything that a user can put right.
     """
     config = recipe.pretrain
-    manifest = Manifest.load(data)
+    manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
     resuming = check_run(run, resuming)
     rank, world, _ = distributed.world_from_environment()
-    dataset = GoldDataset(data, "train", modalities, recipe.data.crc)
+    dataset = open_split(data, "train", modalities, recipe.data)
+    if recipe.data.mix:
+        others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
+        dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
     loader = TrainLoader(
         dataset,
         Collator(modalities, views=2, seed=config.seed),
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
+        max_tokens=config.max_tokens,
         ranks=world,
         rank=rank,
         seed=config.seed,
         grouping=recipe.data.grouping,
         workers=recipe.data.workers,
+        window=recipe.data.window,
+        max_bad=recipe.data.max_bad,
     )
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")

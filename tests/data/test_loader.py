@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from lanistr.batch import Batch
-from lanistr.data.loader import Collator, TrainLoader, eval_batches
-from lanistr.data.reader import CorruptSample, GoldDataset
+from lanistr.data.loader import Collator, LoaderState, TrainLoader, eval_batches
+from lanistr.data.prefetch import prefetch
+from lanistr.data.reader import GoldDataset
 from tests.model.support import NAMES, make_modalities
 from tests.tiny_gold import write_gold
 
@@ -38,7 +41,9 @@ def equal(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-def loader(gold: Path, ranks: int = 1, rank: int = 0, workers: int = 0, micro: int | None = None) -> TrainLoader:
+def loader(
+    gold: Path, ranks: int = 1, rank: int = 0, workers: int = 0, micro: int | None = None, **options: Any
+) -> TrainLoader:
     modalities = make_modalities()
     return TrainLoader(
         GoldDataset(gold, "train", modalities),
@@ -50,6 +55,7 @@ def loader(gold: Path, ranks: int = 1, rank: int = 0, workers: int = 0, micro: i
         seed=1,
         grouping="stratified",
         workers=workers,
+        **options,
     )
 
 
@@ -67,36 +73,43 @@ def test_modalities_that_the_recipe_does_not_use_are_never_read(gold: Path) -> N
     assert all(set(dataset.read(i).contents) <= {"text"} for i in range(dataset.n))
 
 
-def test_a_flipped_byte_is_found_and_names_the_sample(gold: Path, tmp_path: Path) -> None:
-    broken = write_gold(tmp_path / "broken", {"train": 8}, lambda _: NAMES)
-    dataset = GoldDataset(broken, "train", make_modalities())
-    tar = broken / dataset.manifest.shards[0].path
-    data = bytearray(tar.read_bytes())
-    data[int(dataset._places["offset/jpg"][3]) + 40] ^= 1
-    tar.write_bytes(data)
-    with pytest.raises(CorruptSample, match=rf"{dataset.keys[3]}\.jpg: crc32"):
-        GoldDataset(broken, "train", make_modalities()).read(3)
+def digest(batches: list[Batch]) -> str:
+    """Of what ranks and workers may not change: the keys and the masks of the global batch, in any order."""
+    found = []
+    for batch in batches:
+        text, image, series = (batch.inputs[name] for name in ("text", "image", "timeseries"))
+        found += batch.keys
+        found += [f"mlm {target}" for target in text.targets_M[text.weights_M > 0].tolist()]
+        if batch.counts["mim"]:
+            found += [f"mim {row.flatten().tolist()}" for row in image.mask_NP1.chunk(2)[1]]
+        found += [f"mtm {row.tolist()}" for row in series.weights_tC if row.any()]
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
 
 
-def test_a_missing_shard_and_a_missing_manifest_are_clear_errors(tmp_path: Path) -> None:
-    broken = write_gold(tmp_path / "broken", {"train": 8}, lambda _: NAMES)
-    next((broken / "train").glob("*.tar")).unlink()
-    with pytest.raises(ValueError, match="missing, but the manifest names it"):
-        GoldDataset(broken, "train", make_modalities())
-    (broken / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
-        GoldDataset(broken, "train", make_modalities())
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_ranks_and_workers_decide_who_reads_never_what(gold: Path, ranks: int, workers: int) -> None:
+    """Workers of all ranks in turn; threads stand in for processes (next test) to keep eight ranks cheap."""
+    steps: list[list[Batch]] = [[] for _ in range(7)]
+    for rank in range(ranks):
+        made = loader(gold, ranks, rank)
+        batches = prefetch(made._make, range(7), workers, processes=False)
+        for step, batch in enumerate(batches):
+            steps[step].append(batch)
+    alone = [digest(step) for step in loader(gold).steps(0, 7)]
+    assert [digest(step) for step in steps] == alone
+    assert len(set(alone)) == 7
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_decide_who_reads_never_what(gold: Path, workers: int) -> None:
-    alone = [m for step in loader(gold).steps(0, 7) for m in step]
-    helped = [m for step in loader(gold, workers=workers).steps(0, 7) for m in step]
-    assert len(alone) == len(helped) == 7
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_make_the_same_batches_bitwise(gold: Path, workers: int) -> None:
+    alone = [m for step in loader(gold, micro=4).steps(3, 7) for m in step]
+    helped = [m for step in loader(gold, micro=4, workers=workers).steps(3, 7) for m in step]
+    assert len(alone) == len(helped) == 8
     assert all(map(equal, alone, helped))
 
 
-def test_global_batches_do_not_depend_on_ranks_or_accumulation(gold: Path) -> None:
+def test_global_batches_do_not_depend_on_accumulation(gold: Path) -> None:
     def keys(ranks: int, micro: int | None) -> list[list[str]]:
         steps: list[list[str]] = [[] for _ in range(6)]
         for rank in range(ranks):
@@ -121,29 +134,54 @@ def test_masks_depend_on_the_sample_and_the_epoch_only(gold: Path) -> None:
     assert not torch.equal(alone.inputs["image"].mask_NP1, later.inputs["image"].mask_NP1)
 
 
-def test_resume_in_the_middle_of_an_epoch_gives_the_same_batches(gold: Path) -> None:
-    whole = [m for step in loader(gold).steps(0, 12) for m in step]
-    for start in (1, 4, 5, 7):
-        rest = [m for step in loader(gold).steps(start, 12) for m in step]
-        assert all(map(equal, whole[start:], rest))
+@pytest.mark.parametrize("max_tokens", [None, 260])
+def test_resume_anywhere_gives_the_same_batches(gold: Path, max_tokens: int | None) -> None:
+    """20 random steps, an epoch's end, its first step; each resumed twice in a row, at other ranks and workers too."""
+    epoch = loader(gold, max_tokens=max_tokens).steps_per_epoch
+    whole = [m for step in loader(gold, max_tokens=max_tokens).steps(0, 40) for m in step]
+    rng = np.random.default_rng(0)
+    for start in [epoch - 1, epoch, *rng.choice(34, 20, replace=False).tolist()]:
+        again, stop = start + int(rng.integers(1, 4)), start + 5
+        first = [m for step in loader(gold, max_tokens=max_tokens).steps(start, again) for m in step]
+        second = [m for step in loader(gold, max_tokens=max_tokens).steps(again, stop) for m in step]
+        assert len(first) + len(second) == 5
+        assert all(map(equal, whole[start:stop], first + second))
+        elastic = [
+            list(prefetch(loader(gold, 2, rank, max_tokens=max_tokens)._make, range(start, stop), rank, False))
+            for rank in range(2)
+        ]
+        pairs = zip(*elastic, strict=True)
+        assert [digest(list(pair)) for pair in pairs] == [digest([batch]) for batch in whole[start:stop]]
 
 
 def test_resume_on_another_dataset_or_plan_names_both(gold: Path) -> None:
     here = loader(gold).state(0)
+    here.check(dataclasses.replace(loader(gold, 2, 1, workers=3).state(9), step=4))
     with pytest.raises(ValueError, match="global_batch 16, this run has 8"):
-        dataclasses.replace(here, global_batch=16).check(here)
-    with pytest.raises(ValueError, match="content_id other"):
+        dataclasses.replace(here, plan={**here.plan, "global_batch": 16}).check(here)
+    with pytest.raises(ValueError, match="grouping stratified, this run has mixed"):
+        here.check(dataclasses.replace(here, plan={**here.plan, "grouping": "mixed"}))
+    with pytest.raises(ValueError, match=f"content_id other, this run has {here.content_id}"):
         dataclasses.replace(here, content_id="other").check(here)
+    assert LoaderState(**json.loads(json.dumps(dataclasses.asdict(here)))) == here
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_other_chosen_samples_are_another_dataset(gold: Path) -> None:
+    states = [loader(gold, positions=np.arange(i, i + 20)).state(0) for i in range(2)]
+    with pytest.raises(ValueError, match="content_id"):
+        states[0].check(states[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_evaluation_sees_every_sample_once_on_any_number_of_ranks(gold: Path, ranks: int) -> None:
     modalities = make_modalities()
     dataset = GoldDataset(gold, "val", modalities)
     collator = Collator(modalities, views=1, seed=0)
     seen, steps = [], []
     for rank in range(ranks):
-        batches = list(eval_batches(dataset, collator, batch=2, ranks=ranks, rank=rank))
+        batches = list(
+            eval_batches(dataset, collator, batch=2, ranks=ranks, rank=rank, workers=int(ranks == 2 and rank))
+        )
         steps.append(len(batches))
         seen += [k for b in batches for k, w in zip(b.keys, b.weights_B, strict=True) if w > 0]
     assert sorted(seen) == sorted(dataset.keys)
@@ -187,3 +225,33 @@ def test_modality_dropout_hides_at_its_rate_depends_on_nothing_but_the_sample_an
         len(dropping._drop(s, e).contents) / len(s.contents) for e in range(50) for s in samples if len(s.contents) == 4
     ]
     assert abs(np.mean(kept) - 0.6) < 0.05
+
+
+def test_a_token_budget_holds_for_real_batches_on_two_ranks(gold: Path) -> None:
+    budget = 260
+    ranks = [list(loader(gold, 2, rank, max_tokens=budget, window=16).steps(0, 8)) for rank in range(2)]
+    for steps in zip(*ranks, strict=True):
+        tokens = [len(batch.fusion.token_weight_T) for step in steps for batch in step]
+        assert sum(tokens) <= budget
+        assert min(tokens) > 0.5 * max(tokens)
+    with pytest.raises(ValueError, match="fewer than 8 micro-batches"):
+        loader(gold, 8, 0, max_tokens=budget)
+
+
+def test_the_planned_cost_of_a_sample_is_what_it_gives_to_fusion(gold: Path) -> None:
+    modalities = make_modalities()
+    dataset = GoldDataset(gold, "train", modalities)
+    batch = Collator(modalities, views=1, seed=0)([dataset.read(i) for i in range(40)], [1.0] * 40, 0)
+    planned = dataset.facts_of(np.arange(40)).tokens_N
+    assert batch.fusion.layout.cu_seqlens.diff().tolist() == planned.tolist()
+
+
+def test_a_repeat_draws_new_masks(gold: Path) -> None:
+    modalities = make_modalities()
+    dataset = GoldDataset(gold, "train", modalities)
+    collator = Collator(modalities, views=2, seed=5)
+    samples = [dataset.read(i) for i in range(8)]
+    again = [dataclasses.replace(sample, repeat=1) for sample in samples]
+    first, second, once_more = (collator(s, [1.0] * 8, 0) for s in (samples, again, samples))
+    assert equal(first, once_more)
+    assert not torch.equal(first.inputs["image"].mask_NP1, second.inputs["image"].mask_NP1)

@@ -1,11 +1,14 @@
-"""Guards the position tables of the time-series transformer."""
+"""Guards the position tables and the masks of the time-series transformer."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lanistr.modalities.timeseries import SeriesConfig, SeriesTransformer, sinusoids
+from lanistr.modalities.timeseries import SeriesConfig, SeriesTransformer, _runs, sinusoids
 
 
 @pytest.mark.parametrize("width", [1, 5, 8])
@@ -26,3 +29,22 @@ def test_fixed_positions_are_neither_trained_nor_saved_and_learnable_ones_are_bo
     assert "positions" not in fixed.state_dict()
     assert "positions" not in dict(fixed.named_parameters())
     assert torch.equal(fixed.positions, sinusoids(5, 8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.integers(1, 30),
+    ratio=st.sampled_from([0.05, 0.15, 0.5, 0.7, 0.95]),
+    length=st.sampled_from([1.0, 1.5, 3.0, 10.0]),
+    seed=st.integers(0, 999),
+)
+def test_masked_runs_equal_a_loop_over_steps(steps: int, ratio: float, length: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    draws, first = rng.random((steps, 5)), rng.random(5) < ratio
+    stop = 1 / length
+    start = min(1.0, stop * ratio / (1 - ratio))
+    expected, state = np.zeros((steps, 5), dtype=bool), first
+    for step in range(steps):
+        expected[step] = state
+        state = np.where(state, draws[step] >= stop, draws[step] < start)
+    assert np.array_equal(_runs(draws[:-1], first, start, stop), expected)

@@ -1,0 +1,98 @@
+"""Guards how images are decoded, cropped and flipped."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lanistr.data.plan import philox
+from lanistr.manifest import ModalitySchema
+from lanistr.modalities.image import ImageModality, _random_box
+from lanistr.transforms import MEMBERS, ImageSpec
+
+
+def modality(**config: Any) -> ImageModality:
+    schema = ModalitySchema(kind="image", members=MEMBERS["image"], spec=ImageSpec(size=32).model_dump())
+    return ImageModality("image", {"size": 32, "patch": 16, **config}, schema)
+
+
+def jpeg(width: int, height: int) -> dict[str, bytes]:
+    """A smooth picture whose left is darker than its right."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([255 * x / width, 255 * y / height, 128 + 60 * np.sin(x / width * 9)], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return {"jpg": buffer.getvalue()}
+
+
+def picture(patches: np.ndarray, size: int = 32, patch: int = 16) -> np.ndarray:
+    side = size // patch
+    return patches.reshape(side, side, 3, patch, patch).transpose(0, 3, 1, 4, 2).reshape(size, size, 3)
+
+
+def test_an_image_of_the_right_size_is_decoded_pixel_by_pixel() -> None:
+    members = jpeg(32, 32)
+    assert np.array_equal(picture(modality().decode(members)), np.asarray(Image.open(io.BytesIO(members["jpg"]))))
+
+
+@pytest.mark.parametrize("size", [(40, 33), (64, 200), (300, 257), (1024, 768)])
+def test_large_images_decoded_at_a_fraction_look_like_the_whole_centre(size: tuple[int, int]) -> None:
+    members = jpeg(*size)
+    image = Image.open(io.BytesIO(members["jpg"])).convert("RGB")
+    short = min(size)
+    left, top = (size[0] - short) // 2, (size[1] - short) // 2
+    whole = image.crop((left, top, left + short, top + short)).resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.abs(picture(modality().decode(members)).astype(int) - np.asarray(whole)).max() <= 12
+
+
+def test_augmentations_are_off_by_default() -> None:
+    assert not modality().augments
+    assert modality(flip=0.5).augments
+    assert modality(crop=[0.5, 1.0]).augments
+
+
+def test_an_augmented_image_is_a_function_of_its_key() -> None:
+    augmenting, members = modality(crop=[0.2, 0.8], flip=0.5), jpeg(48, 40)
+    draws = [augmenting.decode_augmented(members, philox("augment", 0, epoch)) for epoch in (0, 0, 1)]
+    assert np.array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    assert draws[0].shape == modality().decode(members).shape
+
+
+def test_half_of_the_images_are_flipped() -> None:
+    flipping, members = modality(flip=0.5), jpeg(32, 32)
+    plain = picture(modality().decode(members))
+    seen = [picture(flipping.decode_augmented(members, philox(i))) for i in range(100)]
+    flipped = [np.array_equal(image, plain[:, ::-1]) for image in seen]
+    assert all(f or np.array_equal(image, plain) for f, image in zip(flipped, seen, strict=True))
+    assert 35 <= sum(flipped) <= 65
+
+
+def test_crops_lie_in_the_image_and_have_the_area_and_ratio_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        size = tuple(rng.integers(20, 200, 2).tolist())
+        left, top, right, bottom = _random_box(size, (0.3, 0.6), *rng.random(4))
+        assert 0 <= left < right <= size[0] + 1e-9
+        assert 0 <= top < bottom <= size[1] + 1e-9
+        clipped = right - left > size[0] - 1e-6 or bottom - top > size[1] - 1e-6
+        share = (right - left) * (bottom - top) / (size[0] * size[1])
+        assert share <= 0.6 + 1e-9
+        if not clipped:
+            assert share >= 0.3 - 1e-9
+            assert 3 / 4 - 1e-9 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-9
+
+
+@pytest.mark.parametrize("crop", [[0.0, 1.0], [0.5, 1.2], [0.9, 0.5]])
+def test_a_crop_that_is_no_share_is_refused(crop: list[float]) -> None:
+    with pytest.raises(ValueError, match="share of the area"):
+        modality(crop=crop)
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: b"not a jpeg", lambda d: d[:150]])
+def test_broken_images_are_value_errors(damage: Any) -> None:
+    for decode in (modality().decode, lambda m: modality(flip=1.0).decode_augmented(m, philox(0))):
+        with pytest.raises(ValueError, match="jpg"):
+            decode({"jpg": damage(jpeg(32, 32)["jpg"])})
