@@ -34,7 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--raw", type=Path, required=True, help="folder with the raw files; only read")
     build.add_argument("--lake", type=Path, required=True, help="folder to build into")
     build.add_argument("--refit", action="store_true", help="fit statistics and vocabularies anew")
-    build.add_argument("--workers", type=int, default=2, help="encoding processes (the bytes do not depend on it)")
+    build.add_argument("--workers", type=_positive, default=2, help="local processes (the bytes do not depend on it)")
+    build.add_argument("--cluster", metavar="tcp://HOST:PORT", help="run the tasks on this dask.distributed scheduler")
+    build.add_argument(
+        "--prepare", action="store_true", help="only ingest, fit and plan the tasks: the first step of an array job"
+    )
+    build.add_argument("--task-index", type=int, metavar="I", help="member of an array job, from 0: run its share only")
+    build.add_argument("--num-tasks", type=_positive, metavar="N", help="members of the array job")
     build.add_argument("--max-bad", type=_share, default=1.0, help="stop if more than this share of records is bad")
     build.add_argument(
         "--memory", type=_bytes, metavar="4GB", help="what the build may use; the rest is spilled to disk"
@@ -114,25 +120,27 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace) -> None:
     from etl import recipe
-    from etl.build import build
+    from etl.build import build, build_plan, build_share
+    from etl.cluster import executor
+    from etl.prepare import Limits
 
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     if not arguments.raw.is_dir():
         raise ValueError(f"--raw {arguments.raw}: no such folder")
     if arguments.tmp and not arguments.tmp.is_dir():
         raise ValueError(f"--tmp {arguments.tmp}: no such folder")
-    made = build(
-        loaded,
-        arguments.raw,
-        arguments.lake,
-        refit=arguments.refit,
-        workers=arguments.workers,
-        max_bad=arguments.max_bad,
-        memory=arguments.memory,
-        threads=arguments.threads,
-        tmp=arguments.tmp,
-    )
-    print(made)
+    if (arguments.task_index is None) != (arguments.num_tasks is None):
+        raise ValueError("--task-index and --num-tasks belong together")
+    where = executor(arguments.workers, arguments.cluster)
+    if arguments.task_index is not None:
+        build_share(loaded, arguments.raw, arguments.lake, arguments.task_index, arguments.num_tasks, executor=where)
+        return
+    limits = Limits(arguments.memory, arguments.threads, arguments.tmp)
+    options = {"refit": arguments.refit, "max_bad": arguments.max_bad, "limits": limits}
+    if arguments.prepare:
+        build_plan(loaded, arguments.raw, arguments.lake, **options)
+        return
+    print(build(loaded, arguments.raw, arguments.lake, executor=where, **options))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: P
     if recipe.fit_from:
         return _from_gold(Path(recipe.fit_from), recipe, samples, raw)
     if kept and (kept / "fit.json").is_file():
-        fit = _load(kept, json.loads((kept / "fit.json").read_text(encoding="utf-8")))
+        fit = _load(kept / TOKENIZER, json.loads((kept / "fit.json").read_text(encoding="utf-8")))
         _check(fit, recipe, samples, f"the fit kept in {kept}", "give --refit")
         return fit
     tokenizer = _tokenizer(con, recipe, raw)
@@ -82,15 +82,15 @@ def _needed(tokenizer: "Tokenizer | None") -> "Tokenizer":
     return tokenizer
 
 
-def _load(folder: Path, specs: dict[str, Any]) -> Fit:
-    path = folder / TOKENIZER
+def _load(tokenizer: Path | None, specs: dict[str, Any]) -> Fit:
     parsed = {name: SPECS[spec["kind"]].model_validate(spec) for name, spec in specs.items()}
-    return Fit(parsed, load_tokenizer(path) if path.is_file() else None)
+    return Fit(parsed, load_tokenizer(tokenizer) if tokenizer and tokenizer.is_file() else None)
 
 
 def _from_gold(gold: Path, recipe: Recipe, samples: Samples, raw: Path) -> Fit:
     manifest = Manifest.load(gold)
-    fit = _load(gold, {name: schema.spec for name, schema in manifest.modalities.items()})
+    tokenizer = gold / manifest.tokenizer.file if manifest.tokenizer else None
+    fit = _load(tokenizer, {name: schema.spec for name, schema in manifest.modalities.items()})
     missing = [name for name in recipe.modalities if name not in fit.specs]
     if missing:
         raise ValueError(f"fit_from {gold}: that dataset has no {missing[0]}; it has {', '.join(fit.specs)}")

@@ -170,11 +170,16 @@ class TokenizerChoice(Strict):
 
 
 class TextRecipe(Strict):
-    """How to tokenise. ``max_chars`` cuts before, ``max_tokens`` (special tokens included) after tokenising."""
+    """How to tokenise. ``max_chars`` cuts before, ``max_tokens`` (special tokens included) after tokenising.
+
+    Attributes:
+        keep_raw: store the whole text too, as ``.txt``: for people, never for training.
+    """
 
     tokenizer: TokenizerChoice
     max_tokens: int = Field(default=512, ge=3)
     max_chars: int | None = Field(default=None, ge=1)
+    keep_raw: bool = False
 
 
 class ImageRecipe(Strict):

@@ -6,7 +6,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from etl.fit import TOKENIZER
 from lanistr.manifest import SPLITS, Manifest, Shard, index_columns
 
 
@@ -18,7 +17,7 @@ def verify(gold: Path) -> list[str]:
     """
     manifest = Manifest.load(gold)
     if manifest.tokenizer and _sha256(gold / manifest.tokenizer.file) != manifest.tokenizer.sha256:
-        raise ValueError(f"{gold / TOKENIZER}: sha256 differs from the manifest")
+        raise ValueError(f"{gold / manifest.tokenizer.file}: sha256 differs from the manifest")
     if manifest.content_id != manifest.compute_content_id():
         raise ValueError(f"{gold}: content_id does not belong to this manifest; was it edited?")
     groups: dict[str, set[str]] = {split: set() for split in SPLITS}
@@ -74,7 +73,7 @@ def _verify_shard(gold: Path, shard: Shard, manifest: Manifest) -> list[dict[str
             file = tar.extractfile(member)
             assert file is not None
             there[member.name] = (member.offset_data, member.size, zlib.crc32(file.read()))
-    members = ["json", *(m for schema in manifest.modalities.values() for m in schema.members)]
+    members = ["json", *(m for schema in manifest.modalities.values() for m in schema.stored)]
     indexed = {
         f"{row['key']}.{m}": (row[f"offset/{m}"], row[f"size/{m}"], row[f"crc32/{m}"])
         for row in rows

@@ -3,10 +3,14 @@
 A gold dataset is a folder::
 
     manifest.json                      written last, atomically: a folder without one is unfinished
-    tokenizer.json                     where the dataset has text
-    train/<name>-train-00000.tar       plain WebDataset: USTAR, members of a sample share a key
-    train/<name>-train-00000.parquet   one index row per sample (columns: see ``index_columns``)
+    tokenizer-<hash>.json              where the dataset has text
+    train/<name>-train-b00007-00000-<hash>.tar       plain WebDataset: USTAR, members of a sample share a key
+    train/<name>-train-b00007-00000-<hash>.parquet   one index row per sample (columns: see ``index_columns``)
     val/ test/                         the same
+    reports/                           what the finished tasks of the build wrote; training does not read them
+
+A file that a manifest names is never overwritten with other content: a new build writes new files beside the old ones
+and then replaces the manifest. `python -m etl gc` removes the files that the manifest no longer names.
 """
 
 import hashlib
@@ -36,13 +40,20 @@ class ModalitySchema(Strict):
         kind: the transform and the model class that understand it (``text``, ``image``, ...).
         members: tar member suffixes, for example ``["ts.npy", "tsmask.npy"]``. The first one exists
             exactly when the modality is present; all of ``members`` exist together.
+        extras: members that are stored and indexed beside them, but that training does not read (the raw text).
         spec: what decoding and modelling need (vocabulary, statistics, sizes), fitted on train only. Its
             type is the ``*Spec`` of `lanistr.transforms` for ``kind``.
     """
 
     kind: str
     members: list[str]
+    extras: list[str] = []
     spec: dict[str, Any]
+
+    @property
+    def stored(self) -> list[str]:
+        """All members in the tars."""
+        return [*self.members, *self.extras]
 
 
 class Shard(Strict):
@@ -174,7 +185,7 @@ def index_columns(modalities: dict[str, ModalitySchema]) -> list[tuple[str, str]
     ]
     for name, schema in modalities.items():
         columns.append((f"length/{name}", "int32"))
-        for member in schema.members:
+        for member in schema.stored:
             columns += [
                 (f"offset/{member}", "int64"),
                 (f"size/{member}", "int64"),

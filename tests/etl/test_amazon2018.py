@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def silver(gold: Path) -> pl.DataFrame:
-    return pl.read_parquet(gold.parents[1] / "silver" / gold.name / "samples.parquet")
+    return pl.read_parquet(gold.parents[1] / "silver" / gold.name / "samples" / "*.parquet")
 
 
 def lines(name: str) -> list[dict[str, Any]]:

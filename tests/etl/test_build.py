@@ -17,6 +17,7 @@ from PIL import Image
 from etl import recipe as recipes
 from etl.__main__ import main
 from etl.build import build
+from etl.cluster import InProcess, Pool
 from etl.recipe import Split
 from etl.split import split_of, split_sql
 from etl.verify import verify
@@ -83,6 +84,12 @@ def bytes_of(gold: Path) -> dict[str, str]:
     }
 
 
+def tokenizer_of(gold: Path) -> Path:
+    tokenizer = Manifest.load(gold).tokenizer
+    assert tokenizer is not None
+    return gold / tokenizer.file
+
+
 def samples_of(gold: Path) -> dict[str, dict]:
     """Read by the library, not by us."""
     tars = [str(p) for p in sorted(gold.rglob("*.tar"))]
@@ -93,8 +100,8 @@ def samples_of(gold: Path) -> dict[str, dict]:
 
 
 def test_same_input_gives_the_same_bytes_with_any_number_of_workers(raw: Path, tmp_path: Path) -> None:
-    one = build(recipe_of(), raw, tmp_path / "a", workers=1)
-    two = build(recipe_of(), raw, tmp_path / "b", workers=2)
+    one = build(recipe_of(), raw, tmp_path / "a", executor=InProcess())
+    two = build(recipe_of(), raw, tmp_path / "b", executor=Pool(2))
     assert bytes_of(one) == bytes_of(two)
 
 
@@ -131,7 +138,7 @@ def test_webdataset_reads_our_tars_and_a_missing_modality_is_a_missing_member(ra
 def test_verify_passes_on_a_good_dataset_and_finds_a_flipped_byte(raw: Path, tmp_path: Path) -> None:
     gold = build(recipe_of(), raw, tmp_path / "lake")
     assert verify(gold)[-1].startswith("ok")
-    for path in [*gold.rglob("*.tar"), *gold.rglob("*.parquet"), gold / "tokenizer.json"]:
+    for path in [*gold.rglob("*.tar"), *gold.rglob("*.parquet"), tokenizer_of(gold)]:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -168,7 +175,7 @@ def test_statistics_and_vocabularies_come_from_train_only(raw: Path, tmp_path: P
     assert spec.numeric[0].mean == pytest.approx(weights.mean(), rel=1e-6)
     assert spec.numeric[0].std == pytest.approx(weights.std(), rel=1e-6)
     assert set(spec.categorical[0].values) <= {"a", "b", "c"}
-    tokenizer = load_tokenizer(gold / "tokenizer.json")
+    tokenizer = load_tokenizer(tokenizer_of(gold))
     assert tokenizer.encode("a note on item", add_special_tokens=False).tokens == ["a", "note", "on", "item"]
 
 

@@ -141,7 +141,7 @@ class Built:
 
     def text(self, row_id: str, subject: str = "10000001") -> str:
         ids = read_npy(self.sample(row_id, subject)["tok.npy"]).tolist()
-        tokenizer = load_tokenizer(self.gold / "tokenizer.json")
+        tokenizer = load_tokenizer(next(self.gold.glob("tokenizer-*.json")))
         return " ".join(str(tokenizer.id_to_token(i)) for i in ids[1:-1]).replace(" ##", "")
 
     def shade(self, row_id: str, subject: str = "10000001") -> int:
