@@ -73,9 +73,12 @@ def _select(con: "DuckDBPyConnection", quarantine: Quarantine, source: MimicSour
             f", {name} as {column(f'c:{name}')}" for name in names
         )
         joined = "left join patients p on p.subject_id = d.subject_id"
-    label = "s.outcome" if labelled else "null::varchar"
+    label, time = ("s.outcome", "epoch(s.cutoff)") if labelled else ("null::varchar", "null::double")
     con.execute(
-        f"""create table samples as select d.row_id, d.subject_id as grp, {label} as label, nullif(trim(d.text), '') as text,
-            d.image {facts}, d._file, d._row
-        from documents d left join stays s on s.stay_id = d.row_id {joined}"""
+        f"""create table samples as select d.row_id, d.subject_id as grp, {label} as label, {time} as time,
+            nullif(trim(d.text), '') as text, d.image {facts},
+            epoch(d.text_known) as "t:text", epoch(d.image_taken) as "t:image",
+            epoch(s.intime) + latest.seconds as "t:timeseries", d._file, d._row
+        from documents d left join stays s on s.stay_id = d.row_id {joined}
+        left join (select stay_id, max(seconds) as seconds from readings group by 1) latest on latest.stay_id = d.row_id"""
     )

@@ -385,6 +385,36 @@ def test_only_the_leaky_switch_brings_the_discharge_summary(tmp_path: Path) -> N
     assert "note/radiology.csv.gz" not in {parent["file"] for parent in leaky.manifest.parents}
 
 
+def silver_times(made: Built) -> list[dict]:
+    files = sorted((made.lake / "silver" / made.manifest.name).rglob("*.parquet"))
+    tables = [pq.read_table(file) for file in files if "grp" in pq.read_schema(file).names]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def too_late(row: dict) -> list[str]:
+    return [name for name, at in row.items() if name.startswith("t:") and at is not None and at > row["time"]]
+
+
+@needs_demo
+def test_silver_says_when_each_part_was_known_and_only_the_leaky_text_was_late(demo: Built, tmp_path: Path) -> None:
+    rows = silver_times(demo)
+    assert len(rows) == 74
+    assert not [name for row in rows for name in too_late(row)]
+    assert all(row["time"] - row["t:timeseries"] < 24 * 3600 for row in rows)
+    made = built(
+        tmp_path,
+        recipe_of(),
+        chartevents=[PULSE],
+        radiology=[note("a", 10000001, "01-04 05:00", "clear lungs", "01-04 06:00")],
+        metadata=[xray("d", 10000001, "0105", "115959.5")],
+    )
+    (row,) = silver_times(made)
+    assert (row["time"] - row["t:text"], row["time"] - row["t:image"]) == (30 * 3600, 1)
+    assert row["time"] - row["t:timeseries"] == 47 * 3600
+    (row,) = silver_times(Built(tmp_path / "raw", tmp_path / "leaky", recipe_of(leaky_reference_notes=True)))
+    assert too_late(row) == ["t:text"]
+
+
 def test_a_stay_that_ends_before_its_prediction_time_is_no_cohort(tmp_path: Path) -> None:
     raw = raw_folder(tmp_path / "raw", chartevents=[PULSE])
     died_early = [

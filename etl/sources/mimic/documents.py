@@ -75,23 +75,24 @@ def read_images(
 
 
 def join_cohort(con: "DuckDBPyConnection", source: MimicSource) -> dict[str, int]:
-    """Make ``documents`` (row_id, subject_id, text, image, _file, _row), a row per stay.
+    """Make ``documents`` (row_id, subject_id, text, text_known, image, image_taken, _file, _row), a row per stay.
 
     Text: all notes of the hospital stay, written *and* stored by the prediction time, newest first. Image: the last one
     between admission to the ICU and the prediction time. With ``leaky_reference_notes``, the text is the patient's last
     discharge summary instead, whenever it was written (the published setting).
     """
     if source.leaky_reference_notes:
-        text = "select subject_id, arg_max(text, _row) as text from notes group by 1"
+        text = """select subject_id, arg_max(text, _row) as text, arg_max(known, _row) as text_known
+            from notes group by 1"""
         key = "subject_id"
     else:
-        text = """select stay_id, string_agg(text, chr(10) order by taken desc, note_id) as text
+        text = """select stay_id, string_agg(text, chr(10) order by taken desc, note_id) as text, max(known) as text_known
             from stays join notes using (subject_id) where taken >= admitted and known <= cutoff group by 1"""
         key = "stay_id"
-    image = """select stay_id, arg_max(path, (taken, image_id)) as image
+    image = """select stay_id, arg_max(path, (taken, image_id)) as image, max(taken) as image_taken
         from stays join images using (subject_id) where taken between intime and cutoff group by 1"""
     con.execute(
-        f"""create table documents as select stay_id as row_id, subject_id, text, image, _file, _row
+        f"""create table documents as select stay_id as row_id, subject_id, text, text_known, image, image_taken, _file, _row
         from stays left join ({text}) using ({key}) left join ({image}) using (stay_id)"""
     )
     return {
@@ -117,15 +118,16 @@ def join_pool(con: "DuckDBPyConnection", source: MimicSource) -> dict[str, int]:
     con.execute(_PAIRS.format(hours=source.align_hours))
     con.execute(
         """create table documents as
-        select stay_id as row_id, s.subject_id, text, path as image, s._file, s._row
+        select stay_id as row_id, s.subject_id, text, known as text_known, path as image, images.taken as image_taken,
+            s._file, s._row
         from stays s left join stay_note using (stay_id) left join stay_image using (stay_id)
             left join notes using (note_id) left join images using (image_id)
         union all
-        select 'image:' || image_id, i.subject_id, text, path, i._file, i._row
+        select 'image:' || image_id, i.subject_id, text, known, path, i.taken, i._file, i._row
         from images i left join pairs using (image_id) left join notes using (note_id)
         where image_id not in (select image_id from stay_image)
         union all
-        select 'note:' || note_id, subject_id, text, null, _file, _row from notes
+        select 'note:' || note_id, subject_id, text, known, null, null, _file, _row from notes
         where note_id not in (select note_id from stay_note union all select note_id from pairs)"""
     )
     return {

@@ -26,8 +26,8 @@ def read(
     make_tables(con, source)
     flow = {"measurements: read (items of the 17 variables)": 0}
     con.execute(
-        "create table events (stay_id varchar, seconds bigint, variable varchar, inches boolean, pounds boolean, "
-        "value varchar, valuenum varchar, uom varchar, _file varchar, _row bigint)"
+        "create table events (part varchar, stay_id varchar, seconds bigint, variable varchar, inches boolean, "
+        "pounds boolean, value varchar, valuenum varchar, uom varchar, _file varchar, _row bigint)"
     )
     outside = late = 0
     for table in ("chartevents", "labevents"):
@@ -60,18 +60,18 @@ def _locate(
     )
     parse_times(con, quarantine, name, table, [t for t in ("charttime", "storetime") if t not in lacks])
     n -= set_aside(con, quarantine, name, table, "no charttime", "charttime is null", "itemid")
-    # A stay is never outlived by its window, so that a patient's windows do not overlap.
-    same = "s.subject_id = e.subject_id" if "stay_id" in lacks else "s.stay_id = e.stay_id"
-    in_time = "e.charttime between s.intime and s.until"
+    if "stay_id" in lacks:
+        stay = "asof join stays s on s.subject_id = e.subject_id and e.charttime >= s.intime"
+    else:
+        stay = "join stays s on s.stay_id = e.stay_id and e.charttime >= s.intime"
+    inside = f"from {table} e {stay} join items i on i.itemid = e.itemid where e.charttime <= s.until"
     known = "true" if "storetime" in lacks else "(e.storetime is null or e.storetime <= s.cutoff)"
+    here, in_store = con.execute(f"select count(*), count(*) filter ({known}) {inside}").fetchall()[0]
+    seconds = "epoch(e.charttime)::bigint - epoch(s.intime)::bigint"
     value = "null" if "value" in lacks else "value"
-    join = f"from {table} e join stays s on {same} and {in_time} join items i on i.itemid = e.itemid"
-    here, in_store = con.execute(
-        f"select count(distinct e._row), count(distinct e._row) filter ({known}) {join}"
-    ).fetchall()[0]
     con.execute(
-        f"insert into events select s.stay_id, epoch(e.charttime)::bigint - epoch(s.intime)::bigint, variable, inches, "
-        f"pounds, {value}, valuenum, valueuom, e._file, e._row {join} where {known}"
+        f"insert into events select {literal(name)}, s.stay_id, {seconds}, variable, inches, pounds, {value}, valuenum, "
+        f"valueuom, e._file, e._row {inside} and {known}"
     )
     con.execute(f"drop table {table}")
     return n, here, here - in_store
@@ -84,7 +84,7 @@ def _clean(con: "DuckDBPyConnection", quarantine: Quarantine, source: MimicSourc
         f"""create table readings as
         with parsed as (select *, {parsed_number()} as n from events),
         converted as (select *, {converted_number()} as converted from parsed)
-        select c.stay_id, seconds, c.variable, coalesce(value, valuenum) as raw, category, c._file, c._row,
+        select part, c.stay_id, seconds, c.variable, coalesce(value, valuenum) as raw, category, c._file, c._row,
             case when low is not null then least(greatest(converted, low), high) end as number,
             number <> converted as moved,
             case when raw is null then 'empty'
@@ -100,7 +100,7 @@ def _clean(con: "DuckDBPyConnection", quarantine: Quarantine, source: MimicSourc
         quarantine.add(
             name,
             f"select _file as file, _row as line, fault as reason, raw from readings "
-            f"where _file = {literal(name)} and fault <> 'empty'",
+            f"where part = {literal(name)} and fault <> 'empty'",
         )
         for name in (source.chartevents, source.labevents)
     )
