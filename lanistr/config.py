@@ -149,6 +149,9 @@ class FinetuneConfig(OptimizerConfig):
             start afresh: for runs whose fusion has collapsed).
         pooling: what the classifier sees: the fusion ``cls`` token (paper), the ``mean`` of a sample's fused tokens, or
             ``modalities``: [CLS] and the mean of each modality's fused tokens side by side (zeros where absent).
+        unimodal: weight of a classifier per modality on the mean of its projected tokens, trained by a cross-entropy of
+            its own over the samples that have the modality; the fused classifier then adds to their logits what no
+            modality knows alone. 0 = off, as in the paper.
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         modality_dropout: chance per sample and epoch that a present modality is hidden in training.
@@ -159,6 +162,7 @@ class FinetuneConfig(OptimizerConfig):
     freeze: Literal["encoders", "none"] = "encoders"
     transfer: Literal["all", "encoders"] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
+    unimodal: float = Field(default=0.0, ge=0)
     hidden: int = 256
     dropout: float = 0.0
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)

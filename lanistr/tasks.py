@@ -82,19 +82,25 @@ def mean_tokens(fused_TD: Tensor, batch: Batch) -> Tensor:
     return weighted_TD.new_zeros(batch.size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
 
 
-def mean_by_modality(fused_TD: Tensor, batch: Batch, modalities: int) -> Tensor:
-    """[CLS] and the mean of each modality's fused tokens in one view, (B, (1 + modalities) * D); absent = zeros."""
+def mean_by_modality(x_TD: Tensor, batch: Batch, modalities: int) -> Tensor:
+    """[CLS] and the mean of each modality's rows in one view, (B, 1 + modalities, D) float32; absent = zeros."""
     slots = batch.size * (1 + modalities)
-    weighted_TD = fused_TD.float() * batch.fusion.slot_weight_T[:, None]
-    means = weighted_TD.new_zeros(slots, fused_TD.shape[1]).index_add(0, batch.fusion.slot_T, weighted_TD)
-    return means.view(batch.size, -1)
+    weighted_TD = x_TD.float() * batch.fusion.slot_weight_T[:, None]
+    means = weighted_TD.new_zeros(slots, x_TD.shape[1]).index_add(0, batch.fusion.slot_T, weighted_TD)
+    return means.view(batch.size, 1 + modalities, -1)
+
+
+def slots_present(batch: Batch, modalities: int) -> Tensor:
+    """(B, 1 + modalities) float32: 1 where the sample has tokens of the source ([CLS] first: always)."""
+    present = batch.weights_B.new_zeros(batch.size * (1 + modalities))
+    return present.index_fill(0, batch.fusion.slot_T, 1.0).view(batch.size, -1)
 
 
 class Finetune(nn.Module):
     """Classification: an MLP on the fusion [CLS], or on means of the fused tokens.
 
     Attributes:
-        weights: ``{"cls": 1}``.
+        weights: ``cls`` 1, and ``cls_<modality>`` where each modality has a classifier of its own.
     """
 
     def __init__(self, model: Lanistr, width: int, classes: int, config: FinetuneConfig, seed: int):
@@ -108,12 +114,11 @@ class Finetune(nn.Module):
         sources = 1 + len(model.encoders) if config.pooling == "modalities" else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
-            self.classifier = nn.Sequential(
-                nn.Linear(width * sources, config.hidden),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Linear(config.hidden, classes),
-            )
+            self.classifier = make_classifier(width * sources, classes, config)
+            self.unimodal = nn.ModuleDict()
+            if config.unimodal:
+                self.unimodal.update({name: make_classifier(width, classes, config) for name in model.encoders})
+                self.weights |= {f"cls_{name}": config.unimodal for name in model.encoders}
 
     def freeze(self) -> None:
         """Freeze the unimodal encoders (not their projections) and keep them in eval mode from now on."""
@@ -130,24 +135,53 @@ class Finetune(nn.Module):
                 self.model.encoder(name).encoder.eval()
         return self
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, classes) float32."""
-        fused_TD, _ = self.model(batch)
+    def _pool(self, fused_TD: Tensor, batch: Batch) -> Tensor:
         if self.pooling == "cls":
-            pooled_BD = fused_TD.index_select(0, batch.fusion.cls_S)
-        elif self.pooling == "mean":
-            pooled_BD = mean_tokens(fused_TD, batch).to(fused_TD.dtype)
-        else:
-            pooled_BD = mean_by_modality(fused_TD, batch, len(self.model.encoders)).to(fused_TD.dtype)
-        return self.classifier(pooled_BD).float()
+            return fused_TD.index_select(0, batch.fusion.cls_S)
+        if self.pooling == "mean":
+            return mean_tokens(fused_TD, batch).to(fused_TD.dtype)
+        return mean_by_modality(fused_TD, batch, len(self.model.encoders)).flatten(1).to(fused_TD.dtype)
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """(B, classes) float32 per term: ``cls``, the whole model's, and of each modality with a classifier of its own.
+
+        A modality's are zero for the samples that lack it, so that ``cls`` is the sum of what is present.
+        """
+        tokens_TD, _ = self.model.tokens(batch)
+        fused_TD = self.model.fusion(tokens_TD, batch.fusion)
+        logits = {"cls": self.classifier(self._pool(fused_TD, batch)).float()}
+        if self.unimodal:
+            means_BMD = mean_by_modality(tokens_TD, batch, len(self.unimodal))[:, 1:].to(tokens_TD.dtype)
+            present_BM = slots_present(batch, len(self.unimodal))[:, 1:]
+            for i, (name, classifier) in enumerate(self.unimodal.items()):
+                own_BC = classifier(means_BMD[:, i]).float() * present_BM[:, i, None]
+                logits[f"cls_{name}"] = own_BC
+                # Each modality is taught by its own term alone; the fused classifier learns what is left.
+                logits["cls"] = logits["cls"] + own_BC.detach()
+        return logits
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Total cross-entropy over labelled samples of weight > 0."""
+        """Total cross-entropy over labelled samples of weight > 0, per term over those that have the modality."""
         labelled_B = (batch.labels_B >= 0).float() * batch.weights_B
-        losses_B = nn.functional.cross_entropy(self.logits(batch), batch.labels_B.clamp(min=0), reduction="none")
-        return {"cls": (losses_B * labelled_B).sum()}
+        labels_B = batch.labels_B.clamp(min=0)
+        totals: dict[str, Tensor] = {}
+        present_BM = slots_present(batch, len(self.model.encoders))
+        for i, (term, logits_BC) in enumerate(self.logits(batch).items()):
+            losses_B = nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            totals[term] = (losses_B * labelled_B * present_BM[:, i]).sum()  # source 0, [CLS], is in every sample
+        return totals
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """(B, classes) probabilities, float32."""
-        return self.logits(batch).softmax(-1)
+        return self.logits(batch)["cls"].softmax(-1)
+
+
+def make_classifier(width: int, classes: int, config: FinetuneConfig) -> nn.Sequential:
+    """The MLP classification module (paper, section "Experiments")."""
+    return nn.Sequential(
+        nn.Linear(width, config.hidden),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.hidden, classes),
+    )

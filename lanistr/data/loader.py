@@ -62,7 +62,9 @@ class Collator:
             rows.append(np.array(present, dtype=np.int64))
         labels = np.array([sample.label for sample in samples], dtype=np.int64)
         if self.views == 1:
-            counts = {"cls": float(((labels >= 0) & (weights_B > 0)).sum())}
+            labelled = (labels >= 0) & (weights_B > 0)
+            counts = {"cls": float(labelled.sum())}
+            counts |= {f"cls_{name}": float(labelled[of].sum()) for name, of in zip(self.modalities, rows, strict=True)}
         return Batch(
             keys=tuple(sample.key for sample in samples),
             views=self.views,

@@ -42,8 +42,8 @@ class FusionEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pooler = nn.Linear(width, width).requires_grad_(False) if config.pooler else None
 
-    def forward(self, pools: list[Tensor], index: FusionIndex) -> Tensor:
-        """Assemble and encode.
+    def assemble(self, pools: list[Tensor], index: FusionIndex) -> Tensor:
+        """Put [CLS] and the tokens of each sample's present modalities one after the other.
 
         Args:
             pools: tokens of each modality, (rows of all views, D), in the order that ``index`` was made for.
@@ -52,7 +52,10 @@ class FusionEncoder(nn.Module):
         Returns:
             (T, D) of all views.
         """
-        x_TD = torch.cat([self.cls.to(pools[0].dtype), *pools]).index_select(0, index.gather_T)
+        return torch.cat([self.cls.to(pools[0].dtype), *pools]).index_select(0, index.gather_T)
+
+    def forward(self, x_TD: Tensor, index: FusionIndex) -> Tensor:
+        """Encode what `assemble` made; (T, D) of all views."""
         for block in self.blocks:
             x_TD = block(x_TD, index.layout)
         return self.norm(x_TD)

@@ -46,13 +46,22 @@ class Lanistr(nn.Module):
         Returns:
             (T, D) fused rows of all views, and per modality the encoder's hidden states (what `reconstruct` takes).
         """
+        tokens_TD, hidden = self.tokens(batch)
+        return self.fusion(tokens_TD, batch.fusion), hidden
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode only.
+
+        Returns:
+            (T, D) projected rows of all views, in the order of fusion, and the encoders' hidden states.
+        """
         hidden: dict[str, Tensor] = {}
         pools: list[Tensor] = []
         for name in self.encoders:
             encoder = self.encoder(name)
             hidden[name] = encoder.encode(batch.inputs[name])
             pools.append(encoder.project(hidden[name], batch.inputs[name]))
-        return self.fusion(pools, batch.fusion), hidden
+        return self.fusion.assemble(pools, batch.fusion), hidden
 
 
 def build_model(
