@@ -81,7 +81,7 @@ def write_tables(con: "DuckDBPyConnection", name: str, salt: str, buckets: dict[
     )
     samples = "select * from keyed order by split, bucket, key, row_id"
     series = (
-        "select keyed.split, keyed.bucket, keyed.key, time, variable, value from series join keyed using (row_id) "
+        "select keyed.split, keyed.bucket, keyed.key, s.time, s.variable, s.value from series s join keyed using (row_id) "
         "order by all"
     )
     rows = write_parts(con.sql(samples).to_arrow_reader(BATCH), folder / "samples")

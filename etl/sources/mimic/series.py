@@ -24,18 +24,12 @@ def read(
     In a bin, the latest measurement of a variable counts; of several at that time the greatest, as in the benchmark.
     """
     make_tables(con, source)
-    flow = {"measurements: read (items of the 17 variables)": 0}
     con.execute(
         "create table events (part varchar, stay_id varchar, seconds bigint, variable varchar, inches boolean, "
         "pounds boolean, value varchar, valuenum varchar, uom varchar, _file varchar, _row bigint)"
     )
-    outside = late = 0
-    for table in ("chartevents", "labevents"):
-        n, here, after = _locate(con, quarantine, files, source, table)
-        flow["measurements: read (items of the 17 variables)"] += n
-        outside, late = outside + n - here, late + after
-    flow["measurements: - outside of every window"] = outside
-    flow["measurements: - stored after the prediction time"] = late
+    parts = [_locate(con, quarantine, files, source, table) for table in ("chartevents", "labevents")]
+    flow = {reason: sum(part[reason] for part in parts) for reason in parts[0]}
     flow |= _clean(con, quarantine, source)
     _bin(con)
     flow["hours with a measurement, summed over variables"] = count(con, f"select count(*) from ({_LAST})")
@@ -44,8 +38,8 @@ def read(
 
 def _locate(
     con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource, table: str
-) -> tuple[int, int, int]:
-    """Add a raw table's events inside of a stay's window; returns how many were read, inside, stored too late."""
+) -> dict[str, int]:
+    """Add a raw table's events that lie inside of a stay's window and were stored in time; returns the flow of counts."""
     name = getattr(source, table)
     lacks = source.chartevents_lacks if table == "chartevents" else ["stay_id"]
     columns = ["subject_id", "stay_id", "charttime", "storetime", "itemid", "value", "valuenum", "valueuom"]
@@ -59,7 +53,8 @@ def _locate(
         where=f"itemid in ({wanted})",
     )
     parse_times(con, quarantine, name, table, [t for t in ("charttime", "storetime") if t not in lacks])
-    n -= set_aside(con, quarantine, name, table, "no charttime", "charttime is null", "itemid")
+    set_aside(con, quarantine, name, table, "no charttime", "charttime is null", "itemid")
+    timed = count(con, f"select count(*) from {table}")
     if "stay_id" in lacks:
         stay = "asof join stays s on s.subject_id = e.subject_id and e.charttime >= s.intime"
     else:
@@ -74,7 +69,12 @@ def _locate(
         f"valueuom, e._file, e._row {inside} and {known}"
     )
     con.execute(f"drop table {table}")
-    return n, here, here - in_store
+    return {
+        "measurements: read (items of the 17 variables)": n,
+        "measurements: - set aside (no readable time)": n - timed,
+        "measurements: - outside of every window": timed - here,
+        "measurements: - stored after the prediction time": here - in_store,
+    }
 
 
 def _clean(con: "DuckDBPyConnection", quarantine: Quarantine, source: MimicSource) -> dict[str, int]:
