@@ -140,6 +140,19 @@ class OptimizerConfig(Strict):
     keep: int = Field(default=2, ge=1)
 
 
+class PretrainConfig(OptimizerConfig):
+    """Pretraining.
+
+    Attributes:
+        eval_every: steps between measurements of the terms on the val split (also at the first and last step); None =
+            never.
+        eval_samples: of the val split, at most.
+    """
+
+    eval_every: int | None = Field(default=1000, ge=1)
+    eval_samples: int = Field(default=1024, ge=1)
+
+
 class FinetuneConfig(OptimizerConfig):
     """Fine-tuning for classification.
 
@@ -177,7 +190,7 @@ class Recipe(Strict):
     data: DataConfig = DataConfig()
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
-    pretrain: OptimizerConfig = OptimizerConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
 

@@ -28,6 +28,7 @@ def train(
     run: Path,
     *,
     resuming: bool,
+    begin: Callable[[int], None] | None = None,
     after_step: Callable[[int], bool] | None = None,
 ) -> int:
     """Train to the end of the run.
@@ -38,6 +39,7 @@ def train(
         config: schedule, checkpoints, seed.
         run: run folder.
         resuming: go on from the newest checkpoint.
+        begin: called on every rank with the steps done before the first one of this process.
         after_step: called on every rank with the number of steps done; True ends the run.
 
     Returns:
@@ -53,6 +55,8 @@ def train(
     monitor = Monitor(run, step, total, config.log_every, bits)
     batches = loader.steps(step, total, engine.device)
     engine.module.train()
+    if begin:
+        begin(step)
     while step < total:
         asked = time.perf_counter()
         micro_batches = next(batches)

@@ -31,7 +31,7 @@ class Monitor:
         self.active = distributed.rank() == 0
         self.file: TextIO | None = None
         if self.active:
-            _cut_back(self.path, start)
+            cut_back(self.path, start)
             self.file = self.path.open("a", encoding="utf-8")
         self._reset()
 
@@ -93,7 +93,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _cut_back(path: Path, steps: int) -> None:
+def cut_back(path: Path, steps: int) -> None:
     """Drop the rows after ``steps`` (they are about to be repeated), and a half-written last line."""
     if not path.exists():
         return

@@ -12,8 +12,9 @@ from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
 from lanistr.training import distributed
 from lanistr.training.engine import Engine, fill_config, start
-from lanistr.training.loop import train
+from lanistr.training.loop import total_steps, train
 from lanistr.training.run import check_run, describe_run
+from lanistr.training.validation import Validator
 
 
 def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming: bool) -> None:
@@ -31,9 +32,10 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
     if recipe.data.mix:
         others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
         dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
+    collator = Collator(modalities, views=2, seed=config.seed)
     loader = TrainLoader(
         dataset,
-        Collator(modalities, views=2, seed=config.seed),
+        collator,
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
         max_tokens=config.max_tokens,
@@ -51,7 +53,19 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"})
     engine = Engine(task, filled, device, config.weight_decay)
-    steps = train(engine, loader, config, run, resuming=resuming)
+    validator = None
+    if config.eval_every and manifest.n("val"):
+        val = open_split(data, "val", modalities, recipe.data)
+        validator = Validator(engine, val, collator, config, run, total_steps(loader, config))
+    steps = train(
+        engine,
+        loader,
+        config,
+        run,
+        resuming=resuming,
+        begin=validator.begin if validator else None,
+        after_step=validator.after_step if validator else None,
+    )
     if distributed.rank() == 0:
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")
     distributed.shutdown()

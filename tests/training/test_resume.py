@@ -35,6 +35,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_steps": STEPS,
         "epochs": 20,
         "save_every": 4,
+        "eval_every": 4,
         "log_every": 1,
         "lr": 1e-2,
     }
@@ -74,6 +75,9 @@ def test_killed_and_resumed_equals_never_stopped_bitwise(recipe: Path, gold: Pat
     finish(launch(2, arguments("pretrain", recipe, gold, broken, "--resume", "auto")))
 
     assert rows(broken) == rows(whole)
+    validated = [(run / "validation.jsonl").read_text() for run in (whole, broken)]
+    assert validated[0] == validated[1]
+    assert [json.loads(line)["step"] for line in validated[0].splitlines()] == [0, 4, 8, 12, STEPS]
     ends = [find_latest(run) for run in (whole, broken)]
     weights = [load_file(str(end.folder / "weights.safetensors")) for end in ends if end]
     assert weights[0].keys() == weights[1].keys()
