@@ -32,6 +32,13 @@ def first_and_last(rows: Sequence[dict[str, Any]], term: str, share: float = 0.1
     return sum(values[:n]) / n, sum(values[-n:]) / n
 
 
+def read_validation(run: Path) -> list[dict[str, Any]]:
+    """Rows of ``validation.jsonl`` after the first step; empty where pretraining was not validated."""
+    path = run / "validation.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if row["step"] > 0]
+
+
 def write_report(pretrain: Path, finetuned: Sequence[Path], truth: Path | None, out: Path) -> str:
     """Write ``out`` (Markdown) and a PNG of the loss curves beside it; returns the Markdown.
 
@@ -45,7 +52,8 @@ def write_report(pretrain: Path, finetuned: Sequence[Path], truth: Path | None, 
     terms = [t for t in TERMS if any(row.get(t) is not None for row in rows)]
     out.parent.mkdir(parents=True, exist_ok=True)
     curves = out.with_name("pretrain_losses.png")
-    draw_curves(rows, terms, curves)
+    held_out = read_validation(pretrain)
+    draw_curves(rows, held_out, terms, curves)
     parts = [
         "# Demo report",
         "",
@@ -53,12 +61,14 @@ def write_report(pretrain: Path, finetuned: Sequence[Path], truth: Path | None, 
         "",
         f"![loss curves]({curves.name})",
         "",
-        "| term | first tenth | last tenth | |",
-        "|---|---|---|---|",
+        f"| term | training, first tenth | last tenth | | {_held_out_header(held_out)} |",
+        "|---|---|---|---|---|",
     ]
     for term in terms:
         first, last = first_and_last(rows, term)
-        parts.append(f"| {TERMS[term]} | {first:.4f} | {last:.4f} | {'fell' if last < first else 'did not fall'} |")
+        fell = "fell" if last < first else "did not fall"
+        later = " -> ".join(f"{row[term]:.4f}" for row in held_out if term in row)
+        parts.append(f"| {TERMS[term]} | {first:.4f} | {last:.4f} | {fell} | {later or '-'} |")
     parts += ["", "## Fine-tuned models on the test split", "", *_results_table(finetuned)]
     if truth:
         parts += [
@@ -72,6 +82,11 @@ def write_report(pretrain: Path, finetuned: Sequence[Path], truth: Path | None, 
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
     return text
+
+
+def _held_out_header(held_out: Sequence[dict[str, Any]]) -> str:
+    steps = ", ".join(str(row["step"]) for row in held_out)
+    return f"held out, step {steps}" if steps else "held out"
 
 
 def _read_result(run: Path) -> dict[str, Any]:
@@ -120,8 +135,10 @@ def _bayes_table(truth: dict[str, Any], runs: Sequence[Path]) -> list[str]:
     return lines
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], terms: Sequence[str], out: Path) -> None:
-    """One small panel per term against the step."""
+def draw_curves(
+    rows: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], terms: Sequence[str], out: Path
+) -> None:
+    """One small panel per term against the step: training as a line, held-out samples as dots."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -131,6 +148,10 @@ def draw_curves(rows: Sequence[dict[str, Any]], terms: Sequence[str], out: Path)
     for axis, term in zip(axes[0], terms, strict=True):
         points = [(row["step"], row[term]) for row in rows if row.get(term) is not None]
         axis.plot(*zip(*points, strict=True), linewidth=1, color="#1f5fa8")
+        dots = [(row["step"], row[term]) for row in held_out if term in row]
+        if dots:
+            axis.plot(*zip(*dots, strict=True), "o", markersize=4, color="#c8541e", label="held out")
+            axis.legend(fontsize=7, frameon=False)
         axis.set_title(TERMS[term], fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
