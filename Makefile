@@ -11,7 +11,7 @@ help:  ## list the targets
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,etl,cluster,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,etl,cluster,fast,dev]'
 	touch $@
 
 setup: .venv/.done  ## make .venv (torch first, then the rest as pinned in constraints.txt)
@@ -33,6 +33,7 @@ demo: setup  ## data, pretraining, fine-tuning and a report, in one go (runs/dem
 
 bench: setup  ## benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/fusion_encoder.py --out benchmarks/results/fusion_encoder-cpu.json
+	$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
 
 clean:  ## remove what demo and tests made (not .venv)
 	rm -rf runs raw lake .pytest_cache .ruff_cache

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from lanistr.batch import Batch, Loading, make_fusion_index
 from lanistr.data.mixing import MixedDataset
-from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window, deal, eval_order, philox
+from lanistr.data.plan import Grouping, Plan, PlanOptions, Streams, Table, Window, deal, eval_order
 from lanistr.data.prefetch import prefetch
 from lanistr.data.reader import CorruptSample, GoldDataset, Sample
 from lanistr.modalities.base import Collated, Modality
@@ -36,6 +36,7 @@ class Collator:
     views: int
     seed: int
     modality_dropout: float = 0.0
+    _stream: Streams = field(default_factory=Streams, compare=False, repr=False)
 
     def __call__(self, samples: Sequence[Sample], weights: Sequence[float], epoch: int) -> Batch:
         """Collate at least one sample.
@@ -77,7 +78,7 @@ class Collator:
         )
 
     def _drop(self, sample: Sample, epoch: int) -> Sample:
-        draws = philox("drop", self.seed, epoch, sample.repeat, sample.key).random(len(self.modalities))
+        draws = self._stream("drop", self.seed, epoch, sample.repeat, sample.key).random(len(self.modalities))
         dropped = {name for name, draw in zip(self.modalities, draws, strict=True) if draw < self.modality_dropout}
         kept = {name: content for name, content in sample.contents.items() if name not in dropped}
         return replace(sample, contents=kept) if kept else sample
@@ -92,7 +93,7 @@ class Collator:
         masks = None
         if self.views == 2:
             masks = [
-                modality.corrupt(content, philox("corrupt", self.seed, epoch, repeat, key, name))
+                modality.corrupt(content, self._stream("corrupt", self.seed, epoch, repeat, key, name))
                 for content, (repeat, key) in zip(contents, names, strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())

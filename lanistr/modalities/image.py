@@ -4,9 +4,11 @@ Shape suffixes: N rows of all views, n rows of one view, P patches, X pixels of 
 M masked patches, D width.
 """
 
+import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,12 +92,11 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Centre crop, resize to ``size``, cut into patches."""
         size = self.config.size
-        image = _open_rgb(members["jpg"], size)
-        if image.width != image.height:
-            image = image.crop(_centre(image))
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return self._patches(image)
+        pixels = _decode_jpeg(members["jpg"], size)
+        if pixels.shape[:2] != (size, size):
+            image = Image.fromarray(pixels)
+            pixels = np.asarray(image.crop(_centre(image)).resize((size, size), Image.Resampling.BILINEAR))
+        return self._patches(pixels)
 
     def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> np.ndarray:
         """Random resized crop and flip, where the recipe asks for them."""
@@ -103,20 +104,18 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         area, log_ratio, x, y, flip = rng.random(5)
         # A crop of share a of the area needs 1 / sqrt(a) of the resolution.
         smallest = self.config.crop[0] if self.config.crop else 1.0
-        image = _open_rgb(members["jpg"], int(np.ceil(size / np.sqrt(smallest))))
+        image = Image.fromarray(_decode_jpeg(members["jpg"], int(np.ceil(size / np.sqrt(smallest)))))
         box: tuple[float, float, float, float] = _centre(image)
         if self.config.crop:
             box = _random_box(image.size, self.config.crop, area, log_ratio, x, y)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        if flip < self.config.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._patches(image)
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+        return self._patches(pixels[:, ::-1] if flip < self.config.flip else pixels)
 
-    def _patches(self, image: Image.Image) -> np.ndarray:
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
         size, patch = self.config.size, self.config.patch
         side = size // patch
-        pixels = np.asarray(image).reshape(side, patch, side, patch, 3)
-        return np.ascontiguousarray(pixels.transpose(0, 2, 4, 1, 3)).reshape(side * side, -1)
+        patches = pixels.reshape(side, patch, side, patch, 3).transpose(0, 2, 4, 1, 3)
+        return np.ascontiguousarray(patches).reshape(side * side, -1)
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """[CLS] and the patches."""
@@ -161,18 +160,35 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         return ImageEncoder(self.config, width)
 
 
-def _open_rgb(data: bytes, size: int) -> Image.Image:
-    """Decode a JPEG; a much larger one at a half, quarter or eighth of its size, at least ``size`` on both sides.
+def _decode_jpeg(data: bytes, size: int) -> np.ndarray:
+    """(height, width, 3) uint8; a much larger image at a half, quarter or eighth, at least ``size`` on both sides.
+
+    Whole images are decoded by simplejpeg where it is installed: the same pixels, without what Pillow does around it.
 
     Raises:
         ValueError: not an image.
     """
+    fast = _simplejpeg()
+    if fast:
+        with contextlib.suppress(ValueError):  # Pillow has the last word on what is broken
+            height, width, space, _ = fast.decode_jpeg_header(data)
+            if min(height, width) < 2 * size and space in ("YCbCr", "Gray"):
+                return fast.decode_jpeg(data)
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.draft("RGB", (size, size))
-            return opened.convert("RGB")
+            return np.asarray(opened.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"jpg: {error}") from None
+
+
+@cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
 
 
 def _centre(image: Image.Image) -> tuple[int, int, int, int]:

@@ -78,7 +78,8 @@ class TextModality(Modality[np.ndarray, TextInput]):
         super().__init__(name, config, schema)
         self.config = self.parse_config(TextConfig, config)
         self.spec = TextSpec.model_validate(schema.spec)
-        self.special = np.array([self.spec.cls_id, self.spec.sep_id, self.spec.pad_id])
+        self.is_special_V = np.zeros(self.spec.vocab_size, dtype=bool)
+        self.is_special_V[[self.spec.cls_id, self.spec.sep_id, self.spec.pad_id]] = True
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:
@@ -109,7 +110,7 @@ class TextModality(Modality[np.ndarray, TextInput]):
         A Bernoulli draw over tokens that are not special; at least one where there is one.
         """
         replaced = np.full(len(content), KEPT)
-        maskable = np.flatnonzero(~np.isin(content, self.special))
+        maskable = np.flatnonzero(~self.is_special_V[content])
         if len(maskable):
             draws = rng.random(len(maskable))
             chosen = maskable[(draws < self.config.mask_ratio) | (draws == draws.min())]

@@ -1,5 +1,6 @@
 """The training loop. Read it first: pretraining and fine-tuning are this loop with another task."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from lanistr.training.checkpoint import resume, save_checkpoint
 from lanistr.training.engine import Engine
 from lanistr.training.monitor import Monitor
 from lanistr.training.schedule import lr_at
+
+logger = logging.getLogger(__name__)
 
 
 def total_steps(loader: TrainLoader, config: OptimizerConfig) -> int:
@@ -52,7 +55,7 @@ def train(
     step = resume(run, engine, loader.state(0)) if resuming else 0
     manifest = loader.dataset.manifest
     bits = {name: manifest.bit(name) for name in loader.dataset.modalities}
-    monitor = Monitor(run, step, total, config.log_every, bits)
+    monitor = Monitor(run, step, total, config.log_every, bits, loader.workers)
     batches = loader.steps(step, total, engine.device)
     engine.module.train()
     if begin:
@@ -76,4 +79,9 @@ def train(
         if stop:
             break
     monitor.close()
+    replaced = int(distributed.all_reduce_sum([len(loader.bad)], engine.device)[0])
+    if replaced and distributed.rank() == 0:
+        logger.warning(
+            "%d bad samples were replaced on all ranks; their keys and reasons are in the log above", replaced
+        )
     return step

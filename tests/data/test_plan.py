@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lanistr.data.plan import Facts, Plan, PlanOptions, Step, Table, _argsort, deal, eval_order
+from lanistr.data.plan import Facts, Plan, PlanOptions, Step, Streams, Table, _argsort, deal, eval_order, philox
 
 GROUPINGS = ["mixed", "stratified", "grouped"]
 
@@ -287,3 +287,13 @@ def test_evaluation_reads_every_sample_exactly_once_with_equal_steps(n: int, ran
     order = eval_order(np.arange(n), ranks, batch)
     assert sorted(order[order >= 0]) == list(range(n))
     assert order.shape[1:] == (ranks, batch)
+
+
+def test_streams_give_the_numbers_of_philox_whatever_was_drawn_before() -> None:
+    stream = Streams()
+    for part in range(20):
+        fresh, reused = philox("a", part), stream("a", part)
+        assert np.array_equal(fresh.random(part), reused.random(part))
+        assert np.array_equal(fresh.integers(0, 7, 5, dtype=np.uint32), reused.integers(0, 7, 5, dtype=np.uint32))
+        assert np.array_equal(fresh.permutation(9), reused.permutation(9))
+        assert fresh.normal() == reused.normal()

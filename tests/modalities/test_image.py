@@ -9,7 +9,8 @@ from PIL import Image
 
 from lanistr.data.plan import philox
 from lanistr.manifest import ModalitySchema
-from lanistr.modalities.image import ImageModality, _random_box
+from lanistr.modalities import image as image_module
+from lanistr.modalities.image import ImageModality, _decode_jpeg, _random_box
 from lanistr.transforms import MEMBERS, ImageSpec
 
 
@@ -96,3 +97,22 @@ def test_broken_images_are_value_errors(damage: Any) -> None:
     for decode in (modality().decode, lambda m: modality(flip=1.0).decode_augmented(m, philox(0))):
         with pytest.raises(ValueError, match="jpg"):
             decode({"jpg": damage(jpeg(32, 32)["jpg"])})
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}]
+)
+def test_pixels_do_not_depend_on_which_decoder_is_installed(
+    mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    shape = {"RGB": (61, 83, 3), "L": (61, 83), "CMYK": (61, 83, 4)}[mode]
+    buffer = io.BytesIO()
+    Image.frombytes(mode, (83, 61), rng.integers(0, 256, shape, dtype=np.uint8).tobytes()).save(
+        buffer, "JPEG", **options
+    )
+    whole = _decode_jpeg(buffer.getvalue(), 32)
+    monkeypatch.setattr(image_module, "_simplejpeg", lambda: None)
+    assert np.array_equal(whole, _decode_jpeg(buffer.getvalue(), 32))
+    assert whole.shape == (61, 83, 3)

@@ -1,0 +1,405 @@
+"""The loader: balance over ranks, speed against a plain webdataset pipeline, latency, memory.
+
+``python benchmarks/loader.py --out results.json [--quick]``
+
+* ``balance``: mean / max cost per rank and step, and the share of compute that is not padding if text (and series) were
+  padded to the longest of the micro-batch, beside random batches. Costs are fusion tokens. Our encoders are packed: they
+  execute no padding at all; the share is what a dense encoder would waste.
+* ``end_to_end``: the same shards (224 px JPEG, tokens, a tabular row), read, decoded and collated into uint8 pixels,
+  tokens and rows, in one process on one core. Comparator: a plain ``webdataset`` pipeline with shuffle, decode and
+  batching, once with our JPEG decoder, once with its own. Ours also cuts the images into the patches that a ViT reads.
+* ``rates``: samples per second from the index alone, and of raw member bytes in random order.
+* ``latency``: seconds from opening a dataset to its first batch; CPU seconds to plan an epoch of 10 million samples.
+* ``memory``: resident memory over an epoch of a million small samples (100 shards that are links to one).
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import _harness
+from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.plan import Facts, Plan, PlanOptions, Table, deal
+from lanistr.data.reader import GoldDataset
+from lanistr.manifest import Manifest, ModalitySchema, Shard, index_columns
+from lanistr.modalities import make_modalities
+from lanistr.modalities.image import _decode_jpeg
+from lanistr.transforms import MEMBERS, ImageSpec, NumericColumn, TabularSpec, TextSpec, npy_bytes
+
+PRESENCE = (0.02, 0.2, 0.5, 0.98)
+IMAGE_TOKENS = 197
+BATCH = 64
+SCHEMAS = {
+    "text": TextSpec(vocab_size=30000, max_tokens=128, pad_id=0, unk_id=1, cls_id=2, sep_id=3, mask_id=4),
+    "image": ImageSpec(size=224),
+    "tabular": TabularSpec(numeric=[NumericColumn(name=f"n{i}", mean=0.0, std=1.0) for i in range(8)], categorical=[]),
+}
+RECIPE = {"text": {"max_tokens": 128}, "image": {"size": 224}, "tabular": {}}
+
+
+def lengths(n: int, image: float) -> np.ndarray:
+    """(n, 4) tokens per modality: text in 95 %, images, a row always, series in 40 % of the samples."""
+    rng = np.random.default_rng(0)
+    text = np.where(rng.random(n) < 0.95, np.clip(rng.lognormal(np.log(45), 0.6, n), 4, 128), 0)
+    series = np.where(rng.random(n) < 0.4, np.clip(rng.lognormal(np.log(24), 0.5, n), 1, 48), 0)
+    images = np.where(rng.random(n) < image, IMAGE_TOKENS, 0)
+    return np.stack([text, images, np.full(n, 3), series], axis=1).astype(np.int64)
+
+
+def shares(tokens_N4: np.ndarray, steps: list[list[np.ndarray]]) -> dict[str, float]:
+    """Balance, and useful compute with text (and with text and series) padded to the longest of the micro-batch."""
+    balance, real, padded_text, padded = [], 0, 0, 0
+    for slots in steps:
+        loads = np.array([tokens_N4[rows].sum() for rows in slots])
+        balance.append(loads.mean() / loads.max())
+        for rows in slots:
+            x = tokens_N4[rows]
+            text, series = (int(x[:, c].max() * (x[:, c] > 0).sum() - x[:, c].sum()) for c in (0, 3))
+            real += int(x.sum())
+            padded_text += int(x.sum()) + text
+            padded += int(x.sum()) + text + series
+    return {
+        "balance": float(np.mean(balance)),
+        "useful_text_padded": real / padded_text,
+        "useful_all_padded": real / padded,
+    }
+
+
+def balance_rows(quick: bool) -> list[dict[str, Any]]:
+    """One row per mix, ranks and micro-batch; random batches are the comparator."""
+    rows = []
+    for micro in (32, 8):
+        for ranks in (8, 16):
+            for image in PRESENCE:
+                batch, pool = micro * ranks, 64 if quick else 128
+                tokens = lengths(batch * 4 * 128, image)
+                strata = ((tokens > 0) << np.arange(4)).sum(1)
+                facts = Facts(strata, 1 + tokens.sum(1), tokens[:, 0] * 64 + tokens[:, 3])
+                found = {}
+                for name, options in (
+                    ("ours", PlanOptions("grouped", batch)),
+                    ("ours_max_tokens", PlanOptions("grouped", batch, int(batch * facts.tokens_N.mean()))),
+                    ("ours_mixed", PlanOptions("mixed", batch)),
+                ):
+                    plan = Plan(Table("mix", facts), 0, options)
+                    steps = [step for step, _ in zip(plan.steps(0), range(pool), strict=False)]
+                    equal = options.max_tokens is None
+                    found[name] = shares(tokens, [[m for r in deal(s, ranks, 1, equal) for m in r] for s in steps])
+                random = np.random.default_rng(1).permutation(len(tokens))[: pool * batch].reshape(pool, ranks, micro)
+                theirs = shares(tokens, [list(step) for step in random])
+                rows.append(
+                    {
+                        "case": f"balance/{micro}x{ranks}/image={image:g}",
+                        "comparator": "random",
+                        **found,
+                        "theirs": theirs,
+                    }
+                )
+    return rows
+
+
+def write_dataset(folder: Path, n: int, per_shard: int, names: tuple[str, ...], links: int = 1) -> None:
+    """A gold dataset with ``n`` samples of the modalities ``names``; ``links``: every shard so many times."""
+    schemas = {
+        name: ModalitySchema(kind=name, members=MEMBERS[name], spec=SCHEMAS[name].model_dump()) for name in names
+    }
+    pictures = [_jpeg(i) for i in range(64)] if "image" in names else [b""]
+    for split in ("train", "val", "test"):
+        (folder / split).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shards: list[Shard] = []
+    for start in range(0, n, per_shard):
+        samples = []
+        for i in range(start, min(n, start + per_shard)):
+            ids = rng.integers(5, 30000, int(np.clip(rng.lognormal(np.log(45), 0.6), 4, 126)))
+            members = {
+                "text": ("tok.npy", npy_bytes(np.array([2, *ids, 3], dtype=np.uint16)), len(ids) + 2),
+                "image": ("jpg", pictures[i % len(pictures)], 1),
+                "tabular": ("tab.npy", npy_bytes(rng.normal(size=8).astype(np.float32)), 1),
+            }
+            samples.append((f"{i:016x}", {name: members[name] for name in names}))
+        shard = _write_shard(folder, f"train/b-{start:07d}", samples, schemas)
+        for link in range(links):
+            linked = shard.model_copy(update={"path": shard.path.replace("b-", f"b{link}-")})
+            os.link(folder / shard.path, folder / linked.path)
+            shards.append(linked)
+    manifest = Manifest(
+        name="b", modalities=schemas, labels=["x"], split_rule={}, shards=shards, quarantine={}, counts={},
+        parents=[], created_by={},
+    )  # fmt: skip
+    manifest.content_id = manifest.compute_content_id()
+    manifest.save(folder)
+
+
+def _write_shard(
+    folder: Path, stem: str, samples: list[tuple[str, dict[str, Any]]], schemas: dict[str, ModalitySchema]
+) -> Shard:
+    rows: list[dict[str, Any]] = []
+    with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            row: dict[str, Any] = {c: -1 if c.startswith("offset") else 0 for c, _ in index_columns(schemas)}
+            row |= {"key": key, "group_hash": "", "source_file": "", "tab": [], "presence": (1 << len(schemas)) - 1}
+            for name, (member, data, length) in [("", ("json", b"{}", 0)), *members.items()]:
+                info = tarfile.TarInfo(f"{key}.{member}")
+                info.size = len(data)
+                row[f"offset/{member}"] = tar.offset + tarfile.BLOCKSIZE
+                tar.addfile(info, io.BytesIO(data))
+                row |= {f"size/{member}": len(data), f"crc32/{member}": zlib.crc32(data)}
+                row |= {f"length/{name}": length} if name else {}
+            rows.append(row)
+    types = {"string": pa.string(), "list<float32>": pa.list_(pa.float32())}
+    fields = [(c, types.get(t) or getattr(pa, t)()) for c, t in index_columns(schemas)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), folder / f"{stem}.parquet")
+    tar_bytes, index_bytes = ((folder / f"{stem}.{suffix}").read_bytes() for suffix in ("tar", "parquet"))
+    return Shard(
+        split="train",
+        path=f"{stem}.tar",
+        index=f"{stem}.parquet",
+        n=len(rows),
+        bytes=len(tar_bytes),
+        sha256=hashlib.sha256(tar_bytes).hexdigest(),
+        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
+        n_by_mask={str((1 << len(schemas)) - 1): len(rows)},
+    )
+
+
+def _jpeg(seed: int) -> bytes:
+    """A 224 px photo-like picture of about 15 KB: smooth shapes and grain."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize(
+        (224, 224), Image.Resampling.BICUBIC
+    )
+    pixels = np.clip(np.asarray(coarse, dtype=float) + rng.normal(0, 4, (224, 224, 3)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def our_loader(folder: Path, views: int, batch: int = BATCH, workers: int = 0) -> TrainLoader:
+    """As training opens it."""
+    modalities = make_modalities(Manifest.load(folder), RECIPE)
+    dataset = GoldDataset(folder, "train", modalities)
+    return TrainLoader(
+        dataset, Collator(modalities, views, 0), global_batch=batch, micro_batch=None, ranks=1, rank=0, seed=0,
+        grouping="grouped", workers=workers,
+    )  # fmt: skip
+
+
+def webdataset_batches(folder: Path, decoder: Any) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What a user of webdataset writes: shuffle, decode, pad, batch."""
+    import webdataset as wds
+
+    def collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
+        tokens = [torch.from_numpy(s["tok.npy"].astype(np.int64)) for s in samples]
+        rows = torch.from_numpy(np.stack([s["tab.npy"] for s in samples]))
+        batch = rows, torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        return (*batch, torch.from_numpy(np.stack([s["jpg"] for s in samples]))) if "jpg" in samples[0] else batch
+
+    urls = [str(path) for path in sorted((folder / "train").glob("b0-*.tar"))]
+    pipeline: Any = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
+    return iter(pipeline.shuffle(1000).decode(decoder).batched(BATCH, collation_fn=collate, partial=False))
+
+
+def our_decoder(key: str, data: bytes) -> Any:
+    """As a handler of webdataset."""
+    return _decode_jpeg(data, 224) if key.endswith("jpg") else None
+
+
+def end_to_end_row(
+    folder: Path, n: int, rounds: int, case: str, comparator: str, decoder: Any, views: int
+) -> dict[str, Any]:
+    """Paired CPU seconds of an epoch in this process."""
+    loader = our_loader(folder, views)
+    steps = n // BATCH
+    epochs = itertools.count()
+
+    def ours() -> None:
+        start = next(epochs) * loader.steps_per_epoch
+        seen = sum(b.size for step in loader.steps(start, start + steps) for b in step)
+        assert seen == steps * BATCH, seen
+
+    def theirs() -> None:
+        seen = sum(len(batch[0]) for batch in webdataset_batches(folder, decoder))
+        assert seen == steps * BATCH, seen
+
+    timing = _harness.paired_ratio(ours, theirs, rounds)
+    figures = {
+        who: {"seconds": timing[f"{who}_s"], "samples_per_s": n / timing[f"{who}_s"]} for who in ("ours", "theirs")
+    }
+    return {"case": f"end_to_end/{case}", "comparator": comparator, "ratio": timing["ratio"], **figures}
+
+
+def spread(function: Callable[[], float], rounds: int) -> dict[str, float]:
+    """Of repeated measurements."""
+    values = [function() for _ in range(rounds)]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": rounds}
+
+
+def index_rate(dataset: GoldDataset, plan: Plan, steps: int) -> float:
+    """Samples per CPU second: key, label, presence and places of each, in the order of the plan; no tar is touched."""
+    begin, seen = time.process_time(), 0
+    for step in itertools.islice(plan.steps(0), steps):
+        for position in step.items_G.tolist():
+            shard, row = dataset.locate(position)
+            part = dataset.index[shard]
+            seen += part.label_N[row] == 0 and part.presence_N[row] > 0 and part.keys_N[row] != b""
+    return seen / (time.process_time() - begin)
+
+
+def member_rate(dataset: GoldDataset, plan: Plan, steps: int) -> float:
+    """Samples per CPU second: the raw bytes of all members, in the order of the plan."""
+    begin, seen = time.process_time(), 0
+    for step in itertools.islice(plan.steps(0), steps):
+        seen += sum(bool(dataset.members(position)) for position in step.items_G.tolist())
+    return seen / (time.process_time() - begin)
+
+
+def rate_rows(folder: Path, small: Path, rounds: int) -> list[dict[str, Any]]:
+    """Samples per CPU second."""
+    rows = []
+    for name, where in (("224px", folder), ("small", small)):
+        dataset = GoldDataset(where, "train", make_modalities(Manifest.load(where), RECIPE))
+        plan = Plan(dataset, 0, PlanOptions("grouped", BATCH))
+        for what, function in (("index", index_rate), ("member bytes", member_rate)):
+            steps = min(plan.steps_per_epoch, 400)
+            function(dataset, plan, steps)
+            measured = spread(functools.partial(function, dataset, plan, steps), rounds)
+            rows.append({"case": f"rates/{name}, {what}", "samples_per_s": measured})
+    return rows
+
+
+def latency_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds to the first batch; CPU seconds for a plan."""
+
+    def first_batch() -> float:
+        begin = time.perf_counter()
+        next(our_loader(folder, views=2, batch=32).steps(0, 1))
+        return time.perf_counter() - begin
+
+    class TenMillion:
+        content_id = "ten million"
+        shard_sizes = np.full(1000, 10_000)
+        repeats = np.ones(1000)
+        made = Facts(*(np.random.default_rng(0).integers(0, high, 10_000) for high in (12, 400, 1 << 16)))
+
+        def facts(self, shard: int) -> Facts:
+            return self.made
+
+    def plan(grouping: Any) -> float:
+        begin = time.process_time()
+        planned = Plan(TenMillion(), 0, PlanOptions(grouping, 256))
+        assert sum(window.stop - window.first for window in planned.windows(0)) == 10_000_000 // 256
+        return time.process_time() - begin
+
+    first_batch()
+    rows = [{"case": "latency/first batch of 32, 224px", "seconds": spread(first_batch, 2 * rounds)}]
+    for grouping in ("mixed", "grouped"):
+        rows.append(
+            {"case": f"latency/plan of 10 M, {grouping}", "seconds": spread(lambda g=grouping: plan(g), rounds)}
+        )
+    return rows
+
+
+def memory_of_an_epoch(small: Path) -> dict[str, Any]:
+    """Resident MiB after each tenth of an epoch of small samples, in this (fresh) process."""
+    loader = our_loader(small, views=2, batch=500)
+    resident, begin, seen = [], time.process_time(), 0
+    for number, step in enumerate(loader.steps(0, loader.steps_per_epoch), 1):
+        seen += sum(batch.size for batch in step)
+        if number % (loader.steps_per_epoch // 10) == 0:
+            resident.append(round(_harness._status("VmRSS") / 2**20, 1))
+            print(f"{seen:,} samples, {resident[-1]} MiB", file=sys.stderr)
+    return {"samples": seen, "resident_mib": resident, "samples_per_s": seen / (time.process_time() - begin)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What a person reads."""
+    kinds = {"random": "theirs", "mixed": "ours_mixed", "grouped": "ours", "tokens": "ours_max_tokens"}
+    heads = "".join(f"{kind:>9}" for kind in kinds)
+    lines = [
+        f"{'':<28}{'balance, mean/max':^36}   {'useful compute, text padded':^36}",
+        f"{'case':<28}{heads}   {heads}",
+    ]
+    for row in (row for row in rows if row["case"].startswith("balance")):
+        cells = ["".join(f"{row[k][what]:>9.3f}" for k in kinds.values()) for what in ("balance", "useful_text_padded")]
+        lines.append(f"{row['case']:<28}{cells[0]}   {cells[1]}")
+    return "\n".join(lines + [line for row in rows for line in _figures(row)])
+
+
+def _figures(row: dict[str, Any]) -> Iterator[str]:
+    if "ratio" in row:
+        r, ours, theirs = row["ratio"], row["ours"]["samples_per_s"], row["theirs"]["samples_per_s"]
+        faster = f"{r['median']:.2f}x {row['comparator']} ({r['min']:.2f}-{r['max']:.2f})"
+        yield f"{row['case']}: {faster}, {ours:.0f} against {theirs:.0f} samples/s per core"
+    for key, unit in (("samples_per_s", "samples/s"), ("seconds", "s")):
+        if isinstance(row.get(key), dict):
+            s = row[key]
+            yield f"{row['case']}: {s['median']:.4g} {unit} ({s['min']:.4g}-{s['max']:.4g})"
+    if "resident_mib" in row:
+        yield f"{row['case']}: {row['samples']:,} at {row['samples_per_s']:.0f} samples/s, MiB by tenth {row['resident_mib']}"
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="result file (contract 5)")
+    parser.add_argument("--quick", action="store_true", help="fewer samples and rounds")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory_of:
+        print(json.dumps(memory_of_an_epoch(arguments.memory_of)))
+        return 0
+    if arguments.out is None:
+        parser.error("--out FILE is needed")
+    rounds, n, links = (3, 512, 10) if arguments.quick else (5, 2048, 100)
+    print("balance ...", file=sys.stderr)
+    rows = balance_rows(arguments.quick)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, small = Path(temporary) / "large", Path(temporary) / "small"
+        print("writing shards ...", file=sys.stderr)
+        write_dataset(folder, n, 512, ("text", "image", "tabular"))
+        write_dataset(small, 10_000, 10_000, ("text", "tabular"), links)
+        for case, where, samples, comparator, decoder, views in (
+            ("224px, same JPEG decoder", folder, n, "webdataset", our_decoder, 1),
+            ("224px, its Pillow decoder", folder, n, "webdataset", "rgb8", 1),
+            ("224px, same JPEG decoder, ours also masks two views", folder, n, "webdataset", our_decoder, 2),
+            ("tokens and a row", small, 10_000, "webdataset", "rgb8", 1),
+        ):
+            print(f"end to end, {case} ...", file=sys.stderr)
+            rows.append(end_to_end_row(where, samples, rounds, case, comparator, decoder, views))
+        rows += rate_rows(folder, small, rounds)
+        rows += latency_rows(folder, rounds)
+        print("memory ...", file=sys.stderr)
+        rows.append(
+            {"case": "memory/small samples", **_harness.in_fresh_process(__file__, ["--memory-of", str(small)])}
+        )
+    _harness.write_result(arguments.out, "loader", rows)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Guards what an operator is told about waiting for data."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lanistr.batch import Loading
+from lanistr.config import OptimizerConfig
+from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.reader import GoldDataset
+from lanistr.training.engine import StepResult
+from lanistr.training.loop import train
+from lanistr.training.monitor import DataWatch
+from tests.model.support import NAMES, make_modalities
+from tests.tiny_gold import write_gold
+
+
+class Engine:
+    """Steps that take a fixed time."""
+
+    device = torch.device("cpu")
+    module = torch.nn.Linear(1, 1)
+
+    def train_step(self, micro_batches: Any, lr: float) -> StepResult:
+        time.sleep(0.02)
+        return StepResult({"mlm": 1.0}, 1.0, 1.0)
+
+    def save(self, folder: Path) -> None:
+        (folder / "engine").mkdir()
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.zeros(1)}
+
+
+class SlowDataset(GoldDataset):
+    def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Any:
+        time.sleep(0.02)
+        return super().read(position, rng_key)
+
+
+def test_a_loader_made_slow_on_purpose_shows_up_within_20_steps_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modalities = {"tabular": make_modalities()["tabular"]}
+    dataset = SlowDataset(write_gold(tmp_path / "gold", {"train": 40}, lambda _: NAMES), "train", modalities)
+    loader = TrainLoader(
+        dataset, Collator(modalities, views=1, seed=0), global_batch=2, micro_batch=None, ranks=1, rank=0, seed=0,
+        grouping="mixed",
+    )  # fmt: skip
+    config = OptimizerConfig(global_batch=2, epochs=1, max_steps=20, log_every=20)
+    (tmp_path / "run").mkdir()
+    train(Engine(), loader, config, tmp_path / "run", resuming=False)  # type: ignore[arg-type]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bottleneck" in line]
+    assert line.startswith("step 11/20  data is the bottleneck: ")
+    assert "reading and decoding" in line
+    assert "try data.workers=2 (now 0" in line
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["data_wait"] > 0.3
+
+
+def run(watch: DataWatch, steps: int, step_s: float, waited: float, now: list[float]) -> list[str]:
+    said = []
+    for _ in range(steps):
+        now[0] += step_s
+        advice = watch.note(waited, [Loading(0.0, 0.3, 0.1)])
+        said += [advice] if advice else []
+    return said
+
+
+def test_start_up_and_short_waits_are_no_reason_for_advice_and_it_is_not_repeated() -> None:
+    now = [0.0]
+    watch = DataWatch(0, clock=lambda: now[0])
+    assert not run(watch, 1, 30.0, 29.0, now)
+    assert not run(watch, 50, 1.0, 0.05, now)
+    assert len(run(watch, 400, 1.0, 0.5, now)) == 1
+    assert len(run(watch, 1000, 1.0, 0.5, now)) == 1
+
+
+def test_where_all_cores_load_more_workers_are_not_the_advice() -> None:
+    now = [0.0]
+    watch = DataWatch(10_000, clock=lambda: now[0])
+    (advice,) = run(watch, 12, 1.0, 0.5, now)
+    assert "50% of the last 10 steps waited for it" in advice
+    assert "300 ms reading and decoding" in advice
+    assert "faster disk" in advice
