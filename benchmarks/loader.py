@@ -38,8 +38,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _harness
+from lanistr.data.deal import deal
 from lanistr.data.loader import Collator, TrainLoader
-from lanistr.data.plan import Facts, Plan, PlanOptions, Table, deal
+from lanistr.data.plan import Facts, Plan, PlanOptions, Table
 from lanistr.data.reader import GoldDataset
 from lanistr.manifest import Manifest, ModalitySchema, Shard, index_columns
 from lanistr.modalities import make_modalities

@@ -22,7 +22,7 @@ class DataConfig(Strict):
     Attributes:
         path: gold dataset; None = given on the command line.
         mix: further datasets of the same schema, and how often per epoch each of their samples is seen (those of ``path``
-            once): 0.1 = a random tenth, 2 = twice, with new masks.
+            once): 0.1 = a random tenth, 2 = twice, with new masks. Pretraining only.
         workers: loader processes per rank (a thread where no image is decoded); 0 = in the training process.
         grouping: ``mixed`` = a plain permutation; ``stratified`` = every presence mask spread evenly over the steps;
             ``grouped`` = stratified, and samples of similar length in the same step.

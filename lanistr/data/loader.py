@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from lanistr.batch import Batch, Loading, make_fusion_index
+from lanistr.data.deal import deal, eval_order
 from lanistr.data.mixing import MixedDataset
-from lanistr.data.plan import Grouping, Plan, PlanOptions, Streams, Table, Window, deal, eval_order
+from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window
 from lanistr.data.prefetch import prefetch
 from lanistr.data.reader import CorruptSample, GoldDataset, Sample
+from lanistr.data.streams import Streams
 from lanistr.modalities.base import Collated, Modality
 
 logger = logging.getLogger(__name__)
@@ -158,11 +160,19 @@ class _MicroBatches:
     def _find_window(self, epoch: int, step: int) -> Window:
         """The window that holds a step; going forward, the next one is planned and nothing before it again."""
         if self._window is None or self._window[0] != epoch or step < self._window[1].first:
+            self._fetch_ahead(epoch, step)
             self._windows = self.plan.windows(epoch, step)
             self._window = epoch, next(self._windows)
+            self._fetch_ahead(epoch, self._window[1].stop)
         while step >= self._window[1].stop:
             self._window = epoch, next(self._windows)
+            self._fetch_ahead(epoch, self._window[1].stop)
         return self._window[1]
+
+    def _fetch_ahead(self, epoch: int, step: int) -> None:
+        if self.positions is None:
+            epoch, step = epoch + step // self.plan.steps_per_epoch, step % self.plan.steps_per_epoch
+            self.dataset.fetch_ahead(self.plan.shards_of_window(epoch, step))
 
     def __call__(self, index: int) -> Batch:
         """Plan, read and collate."""

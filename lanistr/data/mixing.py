@@ -64,6 +64,13 @@ class MixedDataset:
         number = int(np.searchsorted(self._first, position, "right")) - 1
         return number, position - int(self._first[number])
 
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """As `GoldDataset.fetch_ahead`."""
+        numbers = np.searchsorted(self._first_shard, shards, "right") - 1
+        for number, dataset in enumerate(self.datasets):
+            own = [shard for shard, of in zip(shards, numbers, strict=True) if of == number]
+            dataset.fetch_ahead([shard - int(self._first_shard[number]) for shard in own])
+
     def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Sample:
         """As `GoldDataset.read`."""
         number, own = self._locate(position)

@@ -8,7 +8,6 @@ so that a billion samples plan in the space of a million.
 Shape suffixes: N samples of a window, S steps, G samples of a step.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,37 +15,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from lanistr.data.streams import philox
+
 Grouping = Literal["mixed", "stratified", "grouped"]
-
-
-def philox(*parts: object) -> np.random.Generator:
-    """A counter-based generator keyed by the parts: the same on every machine, rank and worker."""
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(parts), "little")))
-
-
-def _digest(parts: tuple[object, ...]) -> bytes:
-    return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=16).digest()
-
-
-class Streams:
-    """`philox` for a hot loop: the same numbers from one generator that each call keys anew, six times as fast.
-
-    A generator is good until the next call.
-    """
-
-    def __init__(self) -> None:
-        self._bits = np.random.Philox(key=0)
-        self._generator = np.random.Generator(self._bits)
-        self._start: dict[str, Any] = dict(self._bits.state)
-
-    def __call__(self, *parts: object) -> np.random.Generator:
-        """At the beginning of the stream of these parts."""
-        self._start["state"]["key"] = np.frombuffer(_digest(parts), dtype="<u8").astype(np.uint64)
-        self._bits.state = self._start
-        return self._generator
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Streams, ()
 
 
 @dataclass(frozen=True)
@@ -259,8 +230,7 @@ class Plan:
         """
         number = first // self._window_steps if self.options.max_tokens is None else 0
         done, pending, ahead = number * self._window_steps, _NOTHING, 0
-        order = philox("shards", self.source.content_id, self.seed, epoch).permutation(len(self._shard))
-        ends = np.cumsum(self._taken[order])
+        order, ends = self._stream(epoch)
         while done < self.steps_per_epoch:
             low, high = self._slice(number, int(ends[-1]))
             rng = philox("window", self.source.content_id, self.seed, epoch, number)
@@ -274,6 +244,19 @@ class Plan:
             done, number = window.stop, number + 1
             if window.stop > max(first, window.first):
                 yield window
+
+    def shards_of_window(self, epoch: int, step: int) -> list[int]:
+        """The shards that the window of a step reads (with ``max_tokens`` none: known only when it is planned)."""
+        if self.options.max_tokens is not None:
+            return []
+        order, ends = self._stream(epoch)
+        low, high = self._slice(step // self._window_steps, int(ends[-1]))
+        return [int(self._shard[order[place]]) for place in _places(ends, low, high)]
+
+    def _stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The passes over shards in the order of an epoch, and where in the stream of samples each ends."""
+        order = philox("shards", self.source.content_id, self.seed, epoch).permutation(len(self._shard))
+        return order, np.cumsum(self._taken[order])
 
     def _weights(self, facts: Facts) -> np.ndarray:
         """What a step counts: samples or tokens."""
@@ -292,7 +275,7 @@ class Plan:
     def _read(self, epoch: int, order: np.ndarray, ends: np.ndarray, low: int, high: int) -> Samples:
         """The stream from ``low`` to ``high``."""
         found: list[Samples] = [_NOTHING]
-        for place in range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(ends, high, "left")) + 1):
+        for place in _places(ends, low, high):
             draw = order[place]
             shard, repeat, taken = int(self._shard[draw]), int(self._repeat[draw]), int(self._taken[draw])
             begin = int(ends[place]) - taken
@@ -333,6 +316,11 @@ class Plan:
         moved = np.concatenate([[0], np.cumsum(sizes)])
         chosen = order[np.repeat(bounds[:-1][shuffled] - moved[:-1], sizes) + np.arange(used)]
         return Window(done, moved, items_N[chosen], facts.strata_N[chosen], facts.tokens_N[chosen])
+
+
+def _places(ends: np.ndarray, low: int, high: int) -> range:
+    """Which passes over shards the stream from ``low`` to ``high`` touches."""
+    return range(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(ends, high, "left")) + 1)
 
 
 def _draws(sizes: np.ndarray, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -394,47 +382,3 @@ def _argsort(*keys: np.ndarray) -> np.ndarray:
         packed = (packed << np.uint64(width)) | column.astype(np.uint64)
     packed.sort()
     return (packed & np.uint64((1 << bits[-1]) - 1)).astype(np.int64)
-
-
-def deal(step: Step, ranks: int, micro_batches: int, equal_counts: bool = True) -> list[list[np.ndarray]]:
-    """Divide a global batch over ranks and micro-batches so that none waits: ``[rank][micro_batch]`` = items.
-
-    Strata come one after the other, the heaviest first, each from long to short. Every row of as many samples as there
-    are slots is dealt to the slots, the heaviest sample to the slot with the fewest tokens so far: a snake that looks at
-    the loads. Each slot gets its share of every stratum, give or take one, and as many samples as any other.
-
-    Args:
-        step: at least a sample per slot.
-        ranks, micro_batches: their product is the number of slots.
-        equal_counts: False (token budgets): a row is one sample, so that a slot with a heavy sample gets fewer of them.
-
-    Raises:
-        ValueError: fewer samples than slots.
-    """
-    slots = ranks * micro_batches
-    if len(step.items_G) < slots:
-        raise ValueError(
-            f"a step of {len(step.items_G)} samples is less than one for each of {ranks} ranks x {micro_batches} micro-batches"
-        )
-    code_G = np.unique(step.strata_G, return_inverse=True)[1]
-    mean = np.bincount(code_G, weights=step.tokens_G) / np.bincount(code_G)
-    order = np.lexsort((-step.tokens_G, code_G, -mean[code_G]))
-    slot_of = np.empty(len(order), dtype=np.int64)
-    loads = np.zeros(slots)
-    begin = 0
-    while begin < len(order):
-        row = order[begin : begin + (slots if equal_counts or begin == 0 else 1)]
-        row = row[np.argsort(-step.tokens_G[row], kind="stable")]
-        lightest = np.argsort(loads, kind="stable")[: len(row)]
-        slot_of[row] = lightest
-        loads[lightest] += step.tokens_G[row]
-        begin += len(row)
-    return [[step.items_G[slot_of == micro * ranks + rank] for micro in range(micro_batches)] for rank in range(ranks)]
-
-
-def eval_order(positions: np.ndarray, ranks: int, batch: int) -> np.ndarray:
-    """Every position exactly once, (steps, ranks, batch), padded with -1 (weight 0) to equal steps on all ranks."""
-    steps = -(-len(positions) // (ranks * batch))
-    padded = np.full(steps * ranks * batch, -1, dtype=np.int64)
-    padded[: len(positions)] = positions
-    return padded.reshape(steps, ranks, batch)

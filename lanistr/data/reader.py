@@ -3,7 +3,7 @@
 import logging
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 
 from lanistr.config import DataConfig
 from lanistr.data.index import ShardIndex, SplitIndex
-from lanistr.data.plan import Facts, philox
+from lanistr.data.plan import Facts
 from lanistr.data.remote import Blob, Store, open_store
+from lanistr.data.streams import philox
 from lanistr.manifest import Manifest
 from lanistr.modalities.base import Modality
 
@@ -195,6 +196,11 @@ class GoldDataset:
             if self.crc == "first":
                 self._verified[shard][row] = True
         return found
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Begin to fetch remote shards that will be read soon."""
+        described = [self.shards[shard] for shard in shards]
+        self.store.fetch_ahead([(shard.path, shard.bytes, shard.sha256) for shard in described])
 
     def _must_verify(self, shard: int, row: int) -> bool:
         if self.crc != "first":

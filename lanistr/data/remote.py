@@ -5,18 +5,21 @@ checked against the manifest's sha256, renamed into place atomically. The least 
 disk is full of something else, the samples are read from the remote piece by piece: slower, never wrong.
 """
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from filelock import FileLock
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,10 @@ class Store(Protocol):
 
     def open(self, name: str, size: int | None, sha256: str) -> Blob:
         """Open a file. Raises OSError where it cannot be had."""
+        ...
+
+    def fetch_ahead(self, files: Sequence[tuple[str, int, str]]) -> None:
+        """Begin to fetch files (name, size, sha256) that will be opened, and return at once."""
         ...
 
 
@@ -92,6 +99,9 @@ class LocalStore:
     def open(self, name: str, size: int | None, sha256: str) -> Blob:
         """Open a file; its checksum is not verified (each sample has its own)."""
         return LocalBlob(self.root / name)
+
+    def fetch_ahead(self, files: Sequence[tuple[str, int, str]]) -> None:
+        """They are here."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,18 @@ class CachedStore:
             self._warned.append(name)
             logger.warning("%s: no space left; samples are read from %s piece by piece", self.cache, self.url)
         return RemoteBlob(self, name)
+
+    def fetch_ahead(self, files: Sequence[tuple[str, int, str]]) -> None:
+        """In a thread, as many as half of the cache holds: the other half is being read."""
+        sizes = np.cumsum([size for _, size, _ in files])
+        chosen = [file for file, size in zip(files, sizes, strict=True) if size <= self.limit / 2]
+
+        def fetch() -> None:
+            for name, size, sha256 in chosen:
+                with contextlib.suppress(OSError):  # who opens it meets the error again, and knows what to do
+                    self._fetch(name, size, sha256)
+
+        threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
 
     def _fetch(self, name: str, size: int | None, sha256: str) -> Path:
         self.cache.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,13 @@ class Checkpoint:
 
     @property
     def loader_state(self) -> LoaderState:
-        """Where the data was."""
-        return LoaderState(**self.meta["loader"])
+        """Where the data was. Raises ValueError for a checkpoint of another version."""
+        try:
+            return LoaderState(**self.meta["loader"])
+        except TypeError as error:
+            raise ValueError(
+                f"{self.folder}: saved by another version of lanistr ({error}); start a new --run"
+            ) from None
 
 
 def save_checkpoint(run: Path, engine: Engine, state: LoaderState, keep: int) -> None:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lanistr.data.plan import Facts, Plan, PlanOptions, Step, Streams, Table, _argsort, deal, eval_order, philox
+from lanistr.data.deal import deal, eval_order
+from lanistr.data.plan import Facts, Plan, PlanOptions, Step, Table, _argsort
+from lanistr.data.streams import Streams, philox
 
 GROUPINGS = ["mixed", "stratified", "grouped"]
 

@@ -1,6 +1,8 @@
 import errno
 import os
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
 from lanistr.data.remote import CachedStore, LocalStore, open_store
 from tests.model.support import NAMES, make_modalities
@@ -178,3 +181,31 @@ def test_a_remote_dataset_can_be_sent_to_a_worker(gold: Path, tmp_path: Path) ->
 def test_an_address_of_an_unknown_kind_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         GoldDataset("nosuch://bucket/x", "train", make_modalities())
+
+
+def test_the_next_window_is_fetched_while_this_one_is_read(gold: Path, tmp_path: Path) -> None:
+    modalities = make_modalities()
+    dataset = GoldDataset(f"flaky://{gold}", "train", modalities, "always", store(gold, tmp_path))
+    loader = TrainLoader(
+        dataset, Collator(modalities, 2, 0), global_batch=4, micro_batch=None, ranks=1, rank=0, seed=0,
+        grouping="grouped", window=16,
+    )  # fmt: skip
+    first = next(loader.steps(0, 1))
+    assert len(first[0].keys) == 4
+    wanted = {dataset.shards[shard].sha256 for shard in loader.plan.shards_of_window(0, 4)}
+    assert wanted
+    deadline = time.monotonic() + 20
+    while not all((tmp_path / "cache" / f"{sha256}.tar").exists() for sha256 in wanted):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_only_half_of_the_cache_is_filled_ahead(gold: Path, tmp_path: Path) -> None:
+    made = store(gold, tmp_path, limit=1000)
+    made.folder()
+    Flaky.asked = []
+    made.fetch_ahead([("train/a.tar", 400, "a"), ("train/b.tar", 400, "b")])
+    for thread in threading.enumerate():
+        if thread.name == "fetch-ahead":
+            thread.join()
+    assert Flaky.asked == ["a.tar"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lanistr.data.plan import philox
+from lanistr.data.streams import philox
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities import image as image_module
 from lanistr.modalities.image import ImageModality, _decode_jpeg, _random_box
