@@ -210,7 +210,7 @@ def our_loader(folder: Path, views: int, batch: int = BATCH, workers: int = 0) -
 
 def webdataset_batches(folder: Path, decoder: Any) -> Iterator[tuple[torch.Tensor, ...]]:
     """What a user of webdataset writes: shuffle, decode, pad, batch."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset
 
     def collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
         tokens = [torch.from_numpy(s["tok.npy"].astype(np.int64)) for s in samples]
@@ -219,7 +219,7 @@ def webdataset_batches(folder: Path, decoder: Any) -> Iterator[tuple[torch.Tenso
         return (*batch, torch.from_numpy(np.stack([s["jpg"] for s in samples]))) if "jpg" in samples[0] else batch
 
     urls = [str(path) for path in sorted((folder / "train").glob("b0-*.tar"))]
-    pipeline: Any = wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
+    pipeline: Any = WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
     return iter(pipeline.shuffle(1000).decode(decoder).batched(BATCH, collation_fn=collate, partial=False))
 
 

@@ -24,7 +24,7 @@ class Streams:
     def __init__(self) -> None:
         self._bits = np.random.Philox(key=0)
         self._generator = np.random.Generator(self._bits)
-        self._start: dict[str, Any] = dict(self._bits.state)
+        self._start: Any = self._bits.state
 
     def __call__(self, *parts: object) -> np.random.Generator:
         """At the beginning of the stream of these parts."""
