@@ -375,23 +375,24 @@ def main() -> int:
         return 0
     if arguments.out is None:
         parser.error("--out FILE is needed")
-    rounds, n, links = (3, 512, 10) if arguments.quick else (5, 2048, 100)
+    rounds, n, links = (3, 512, 10) if arguments.quick else (5, 1024, 100)
     print("balance ...", file=sys.stderr)
     rows = balance_rows(arguments.quick)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, small = Path(temporary) / "large", Path(temporary) / "small"
+        folder, text, small = (Path(temporary) / name for name in ("large", "text", "small"))
         print("writing shards ...", file=sys.stderr)
         write_dataset(folder, n, 512, ("text", "image", "tabular"))
+        write_dataset(text, 10_000, 5_000, ("text", "tabular"))
         write_dataset(small, 10_000, 10_000, ("text", "tabular"), links)
         for case, where, samples, comparator, decoder, views in (
             ("224px, same JPEG decoder", folder, n, "webdataset", our_decoder, 1),
             ("224px, its Pillow decoder", folder, n, "webdataset", "rgb8", 1),
             ("224px, same JPEG decoder, ours also masks two views", folder, n, "webdataset", our_decoder, 2),
-            ("tokens and a row", small, 10_000, "webdataset", "rgb8", 1),
+            ("tokens and a row", text, 10_000, "webdataset", "rgb8", 1),
         ):
             print(f"end to end, {case} ...", file=sys.stderr)
             rows.append(end_to_end_row(where, samples, rounds, case, comparator, decoder, views))
-        rows += rate_rows(folder, small, rounds)
+        rows += rate_rows(folder, text, rounds)
         rows += latency_rows(folder, rounds)
         print("memory ...", file=sys.stderr)
         rows.append(
