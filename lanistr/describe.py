@@ -1,13 +1,20 @@
-"""Parameter counts per part, without weights or data (built on the meta device)."""
+"""Parameters, FLOPs and tokens per part, without weights or data (built and run on the meta device)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from lanistr.batch import to_device
 from lanistr.config import Recipe
+from lanistr.data.loader import Collator
+from lanistr.data.reader import Sample
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities import MODALITIES
+from lanistr.modalities.base import Modality
 from lanistr.model.lanistr import Lanistr
 from lanistr.tasks import Pretrain
 
@@ -21,15 +28,8 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
         recipe: sizes; ``pretrained`` names are not loaded: the sizes written in the recipe count.
         manifest: a dataset's vocabulary and columns; None = the paper's.
     """
-    schemas = manifest.modalities if manifest else _paper_schemas(recipe)
-    modalities = {
-        name: MODALITIES[schemas[name].kind](name, {**config, **_without_weights(config)}, schemas[name])
-        for name, config in recipe.model.modalities.items()
-        if name in schemas
-    }
-    with torch.device("meta"):
-        model = Lanistr(recipe.model, modalities, backend="reference")
-        task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
+    task, modalities = _build(recipe, manifest)
+    model = task.model
     parts: dict[str, int] = {}
     for name, modality in modalities.items():
         encoder = model.encoder(name)
@@ -41,6 +41,71 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
     parts["SimMMM predictor"] = _count(task.heads.predictor)
     assert sum(parts.values()) == _count(task), "a part is missing from the count"
     return parts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one part does for one sample in a pretraining step.
+
+    Attributes:
+        tokens: rows of both views that it processes; 0 where rows mean nothing.
+        flops: floating-point operations forward (backward is about twice as many).
+    """
+
+    tokens: int
+    flops: int
+
+
+def count_work(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, Work]:
+    """Work of each part for a complete sample of the largest size, both views, by torch's own counter.
+
+    Args:
+        recipe: sizes.
+        manifest: a dataset's schema; None = the paper's.
+    """
+    task, modalities = _build(recipe, manifest)
+    contents = {name: modality.example() for name, modality in modalities.items()}
+    sample = Sample(key="example", presence=0, label=-1, contents=contents)
+    batch = to_device(Collator(modalities, views=2, seed=0)([sample], [1.0], epoch=0), "meta")
+    parts: dict[str, Work] = {}
+    for name, modality in modalities.items():
+        encoder, inputs = task.model.encoder(name), batch.inputs[name]
+        hidden, flops = _run(lambda e=encoder, i=inputs: e.encode(i))
+        parts[f"{name} encoder"] = Work(len(hidden), flops)
+        _, flops = _run(lambda e=encoder, h=hidden, i=inputs: e.reconstruct(h, i))
+        parts[f"{name} head ({modality.term})"] = Work(0, flops)
+        tokens, flops = _run(lambda e=encoder, h=hidden, i=inputs: e.project(h, i))
+        parts[f"{name} projection"] = Work(len(tokens), flops)
+    with FlopCounterMode(display=False) as counter:
+        task(batch)
+    rows = len(batch.fusion.gather_T)
+    compared = rows if recipe.objective.similarity == "tokens" else len(batch.fusion.cls_S)
+    for part, module, tokens in (
+        ("fusion encoder", "model.fusion", rows),
+        ("SimMMM projector", "heads.projector", compared),
+        ("SimMMM predictor", "heads.predictor", compared),
+    ):
+        parts[part] = Work(tokens, sum(counter.get_flop_counts()[f"Pretrain.{module}"].values()))
+    return parts
+
+
+def _run(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return result, counter.get_total_flops()
+
+
+def _build(recipe: Recipe, manifest: Manifest | None) -> tuple[Pretrain, dict[str, Modality[Any, Any]]]:
+    schemas = manifest.modalities if manifest else _paper_schemas(recipe)
+    modalities = {
+        name: MODALITIES[schemas[name].kind](name, {**config, **_without_weights(config)}, schemas[name])
+        for name, config in recipe.model.modalities.items()
+        if name in schemas
+    }
+    with torch.device("meta"):
+        model = Lanistr(recipe.model, modalities, backend="sdpa_bucketed")
+        task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
+    return task.to("meta"), modalities  # with the buffers that were made from numpy
 
 
 def _count(module: nn.Module) -> int:
@@ -56,12 +121,23 @@ def _paper_schemas(recipe: Recipe) -> dict[str, ModalitySchema]:
 
 
 def describe(recipe: Recipe, official: Recipe, manifest: Manifest | None = None) -> str:
-    """A table of the parts, and their reconciliation with the published model line by line."""
+    """A table of the parts (parameters, tokens, FLOPs), and their reconciliation with the published model."""
     ours = count_parts(recipe, manifest)
+    work = count_work(recipe, manifest)
     published = count_parts(official)
-    lines = [f"recipe {recipe.name}: parameters per part", ""]
-    lines += [f"  {part:<28}{n:>14,}  {n / 1e6:8.2f} M" for part, n in ours.items()]
-    lines += [f"  {'total':<28}{sum(ours.values()):>14,}  {sum(ours.values()) / 1e6:8.2f} M", ""]
+    lines = [
+        f"recipe {recipe.name}: a complete sample of the largest size in one pretraining step, both views",
+        "",
+        f"  {'part':<28}{'parameters':>14}{'million':>10}{'tokens':>8}{'GFLOP forward':>15}",
+    ]
+    for part, n in ours.items():
+        tokens = work[part].tokens or ""
+        lines.append(f"  {part:<28}{n:>14,}{n / 1e6:>10.2f}{tokens:>8}{work[part].flops / 1e9:>15.3f}")
+    flops = sum(w.flops for w in work.values())
+    lines += [
+        f"  {'total':<28}{sum(ours.values()):>14,}{sum(ours.values()) / 1e6:>10.2f}{'':>8}{flops / 1e9:>15.3f}",
+        "",
+    ]
     total = sum(published.values())
     lines += [
         f"against preset official ({total / 1e6:.2f} M; the paper's Table 5 says {PUBLISHED_TOTAL / 1e6:.2f} M)",

@@ -75,6 +75,10 @@ class Modality(ABC, Generic[ContentT, InputT]):
         """The smallest legal content, fixed and finite: stands in where a batch has no sample of the modality."""
 
     @abstractmethod
+    def example(self) -> ContentT:
+        """Content of the largest size that the schema and the recipe allow: what `describe` counts."""
+
+    @abstractmethod
     def corrupt(self, content: ContentT, rng: np.random.Generator) -> np.ndarray:
         """Which units (tokens, patches, cells) the masked view hides and predicts, at least one where there is one.
 

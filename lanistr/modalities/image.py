@@ -125,6 +125,10 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         """A single grey patch."""
         return np.full((1, 3 * self.config.patch**2), 128, dtype=np.uint8)
 
+    def example(self) -> np.ndarray:
+        """A grey image."""
+        return np.repeat(self.dummy(), (self.config.size // self.config.patch) ** 2, axis=0)
+
     def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Exactly ``mask_ratio`` of the patches, at least one."""
         patches = len(content)

@@ -124,6 +124,10 @@ class TabularModality(Modality[Row, TabularInput]):
             np.ones(numeric + categories, dtype=bool),
         )
 
+    def example(self) -> Row:
+        """Any row: all have one size."""
+        return self.dummy()
+
     def corrupt(self, content: Row, rng: np.random.Generator) -> np.ndarray:
         """(K,): Bernoulli over observed columns, whole columns; at least one."""
         draws = rng.random(len(content.observed_K))

@@ -104,6 +104,11 @@ class TextModality(Modality[np.ndarray, TextInput]):
         """A single unknown token."""
         return np.array([self.spec.unk_id])
 
+    def example(self) -> np.ndarray:
+        """As many unknown tokens as fit between [CLS] and [SEP]."""
+        length = min(self.config.max_tokens, self.spec.max_tokens)
+        return np.array([self.spec.cls_id, *[self.spec.unk_id] * (length - 2), self.spec.sep_id])
+
     def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(T,) int64: what the masked view has in the place of each predicted token, `KEPT` elsewhere.
 

@@ -136,6 +136,11 @@ class SeriesModality(Modality[Series, SeriesInput]):
         shape = (1, len(self.mean))
         return Series(np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=bool))
 
+    def example(self) -> Series:
+        """The longest series."""
+        shape = (min(self.config.max_steps, self.spec.max_steps), len(self.mean))
+        return Series(np.zeros(shape, dtype=np.float32), np.ones(shape, dtype=bool))
+
     def corrupt(self, content: Series, rng: np.random.Generator) -> np.ndarray:
         """(steps, C): per variable, runs of geometric length; a variable's channels are masked together."""
         steps = len(content.values_tC)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lanistr.batch import Layout
 
@@ -278,3 +279,19 @@ def _backward(ctx: Any, grad_THK: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 padded_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lanistr.padded_attention)
+def _flops(q_shape: Sequence[int], *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * _matrix_product(q_shape, shapes[-1])
+
+
+@register_flop_formula(torch.ops.lanistr.padded_attention_backward)
+def _flops_backward(grad_shape: Sequence[int], *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return 5 * _matrix_product(grad_shape, shapes[-1])  # the scores are computed anew
+
+
+def _matrix_product(shape: Sequence[int], buckets: Sequence[int]) -> int:
+    """Floating-point operations of one (L, K) x (K, L) product per head and sequence."""
+    _, heads, head_width = shape
+    return sum(2 * s * length**2 * heads * head_width for s, length in zip(buckets[::2], buckets[1::2], strict=True))
