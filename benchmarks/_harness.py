@@ -12,33 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def paired_ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Interleaved rounds, order reversed every other round; ratio = theirs / ours of CPU seconds (above 1: ours wins).
+    """Interleaved rounds; ratio = theirs / ours of CPU seconds (above 1: ours wins).
 
     Returns:
         ``{"ratio": {"median", "min", "max", "rounds"}, "ours_s": median, "theirs_s": median}``.
     """
     for warm_up in (ours, theirs):
         warm_up()
-    seconds: list[tuple[float, float]] = []
-    for round_ in range(rounds):
-        if round_ % 2:
-            b, a = cpu_seconds(theirs), cpu_seconds(ours)
-        else:
-            a, b = cpu_seconds(ours), cpu_seconds(theirs)
-        seconds.append((a, b))
-    ratios = [b / a for a, b in seconds]
-    spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": rounds}
+    seconds = interleaved({"ours": ours, "theirs": theirs}, rounds)
     return {
-        "ratio": spread,
-        "ours_s": statistics.median(a for a, _ in seconds),
-        "theirs_s": statistics.median(b for _, b in seconds),
+        "ratio": spread(seconds["ours"], seconds["theirs"]),
+        "ours_s": statistics.median(seconds["ours"]),
+        "theirs_s": statistics.median(seconds["theirs"]),
     }
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every step in every round; the order is reversed every other round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds):
+        for name in list(steps)[:: -1 if round_ % 2 else 1]:
+            seconds[name].append(cpu_seconds(steps[name]))
+    return seconds
+
+
+def spread(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Contract 5's ratio: theirs / ours, round by round."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "rounds": len(ratios)}
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
@@ -52,6 +59,27 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
+
+
+# torch counts its CUDA attention kernels but not the CPU's.
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(
+    grad: tuple[int, ...],
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    return sdpa_flop_count(query, key, value) * 5 // 2  # the scores are computed anew
 
 
 def flops(function: Callable[[], Any]) -> int:

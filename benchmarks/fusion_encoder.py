@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _harness
+from benchmarks.padded import dense_block
 from lanistr.batch import FusionIndex, make_fusion_index, to_device
 from lanistr.config import FusionConfig
 from lanistr.model.fusion import FusionEncoder
@@ -117,15 +118,8 @@ def padded_loss(encoder: FusionEncoder, inputs: Inputs, comparator: str) -> Tens
     x_BLD = x_BLD.view(*keep_BL.shape, -1)
     for block in encoder.blocks:
         assert isinstance(block, Block)
-        x_BLD = x_BLD + _dense_attention(block, block.norm1(x_BLD), keep_BL)
-        x_BLD = x_BLD + block.down(nn.functional.gelu(block.up(block.norm2(x_BLD))))
+        x_BLD = dense_block(block, x_BLD, keep_BL)
     return _loss(encoder.norm(x_BLD).flatten(0, 1).index_select(0, slot_T), inputs)
-
-
-def _dense_attention(block: Block, x_BLD: Tensor, keep_BL: Tensor) -> Tensor:
-    q, k, v = block.qkv(x_BLD).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep_BL[:, None, None, :])
-    return block.out(out.transpose(1, 2).flatten(2))
 
 
 def _loss(out_TD: Tensor, inputs: Inputs) -> Tensor:
