@@ -48,12 +48,13 @@ class FusionConfig(Strict):
     """The multimodal encoder (paper: 6 layers, 12 heads, width 768, intermediate 3072, projections 2048).
 
     Attributes:
-        norm: ``pre`` as FLAVA's encoder has it.
+        pretrained: hub name or path of FLAVA's weights to start from (published code: facebook/flava-full); None = fresh.
         init_std: of the blocks' weights (0.02 as FLAVA; a narrower model wants more).
         zero_init: every block starts as the identity (not in the paper).
         pooler: an unused dense layer that the published checkpoint carries; only the ``official`` preset has it.
     """
 
+    pretrained: str | None = None
     width: int = 768
     layers: int = 6
     heads: int = 12

@@ -102,8 +102,10 @@ def _build(recipe: Recipe, manifest: Manifest | None) -> tuple[Pretrain, dict[st
         for name, config in recipe.model.modalities.items()
         if name in schemas
     }
+    fusion = recipe.model.fusion.model_copy(update={"pretrained": None})
+    config = recipe.model.model_copy(update={"fusion": fusion})
     with torch.device("meta"):
-        model = Lanistr(recipe.model, modalities, backend="sdpa_bucketed")
+        model = Lanistr(config, modalities, backend="sdpa_bucketed")
         task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
     return task.to("meta"), modalities  # with the buffers that were made from numpy
 

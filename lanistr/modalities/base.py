@@ -94,6 +94,21 @@ class Modality(ABC, Generic[ContentT, InputT]):
         A row of weight 0 (a dummy, or evaluation padding) must not influence anything of weight > 0.
         """
 
+    def adapt(
+        self, stored: dict[str, Tensor], own: dict[str, Tensor], schema: ModalitySchema
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights of an encoder that was trained on another dataset, in the shapes of this one.
+
+        Args:
+            stored: tensors of the trained ``encoder``, by name.
+            own: this dataset's fresh encoder's.
+            schema: of the dataset that the stored ones were trained on.
+
+        Returns:
+            What to load, and notes for the report. By default everything as it is.
+        """
+        return stored, []
+
     @abstractmethod
     def build(self, width: int, attention: str) -> "ModalityEncoder[InputT]":
         """The module with the parameters.
@@ -111,7 +126,12 @@ class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
 
     ``encoder`` holds what fine-tuning freezes; ``projection`` is the paper's single linear layer; ``head`` holds what
     only pretraining needs (mask tokens, decoders): fine-tuning drops it.
+
+    Attributes:
+        pretrained: whether ``encoder`` starts from published weights.
     """
+
+    pretrained: bool = False
 
     encoder: Any
     projection: nn.Module

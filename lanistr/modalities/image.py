@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.loading import load_pretrained
 from lanistr.transforms import MEMBERS, ImageSpec
 
 
@@ -229,6 +230,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
 
     def __init__(self, config: ImageConfig, width: int):
         super().__init__()
+        self.pretrained = config.pretrained is not None
         self.encoder = _make_vit(config)
         hidden = self.encoder.config.hidden_size
         self.projection = nn.Linear(hidden, width)
@@ -280,10 +282,9 @@ def _make_vit(config: ImageConfig) -> Any:
 
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if config.pretrained:
-        try:
-            vit = ViTModel.from_pretrained(config.pretrained, add_pooling_layer=config.pooler, **no_dropout)
-        except OSError as error:
-            raise ValueError(f"image.pretrained {config.pretrained!r}: {str(error).splitlines()[0]}") from None
+        vit = load_pretrained(
+            ViTModel, config.pretrained, "image.pretrained", add_pooling_layer=config.pooler, **no_dropout
+        )
         if (vit.config.image_size, vit.config.patch_size) != (config.size, config.patch):
             raise ValueError(
                 f"image.pretrained {config.pretrained!r} has size {vit.config.image_size}, patch {vit.config.patch_size}; "

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, glu, relu
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.loading import match_rows
 from lanistr.ops.ghost_norm import GhostBatchNorm
 from lanistr.ops.sparsemax import sparsemax
 from lanistr.transforms import MEMBERS, MISSING_ID, CategoricalColumn, NumericColumn, TabularSpec, read_npy
@@ -160,9 +161,70 @@ class TabularModality(Modality[Row, TabularInput]):
         )
         return Collated(inputs, tokens, float((weights_NK > 0).sum()))
 
+    def adapt(
+        self, stored: dict[str, Tensor], own: dict[str, Tensor], schema: ModalitySchema
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Columns and categories are matched by name; what is new keeps its fresh start."""
+        old = TabularSpec.model_validate(schema.spec)
+        keys = [_Keys.of(spec, self.config.embedding_dim) for spec in (self.spec, old)]
+        adapted = {}
+        for name, tensor in stored.items():
+            if name not in own:
+                adapted[name] = tensor
+            elif name == "embedding.weight":
+                adapted[name] = match_rows(own[name], tensor, 0, keys[0].rows, keys[1].rows)
+            elif name.endswith("initial_splitter.shared.shared_layers.0.weight"):
+                adapted[name] = match_rows(own[name], tensor, 1, keys[0].features, keys[1].features)
+            elif ".initial_bn." in name and tensor.ndim:
+                adapted[name] = match_rows(own[name], tensor, 0, keys[0].features, keys[1].features)
+            elif ".att_transformers." in name and tensor.ndim:
+                adapted[name] = match_rows(own[name], tensor, 0, keys[0].columns, keys[1].columns)
+            else:
+                adapted[name] = tensor
+        return adapted, _compare(self.name, keys[0], keys[1])
+
     def build(self, width: int, attention: str) -> "TabularEncoder":
         """TabNet, its projection and its decoder."""
         return TabularEncoder(self.config, len(self.mean), self.cardinality.tolist(), width)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What each column, embedded feature and row of the embedding table stands for."""
+
+    columns: list[Any]
+    features: list[Any]
+    rows: list[Any]
+
+    @classmethod
+    def of(cls, spec: TabularSpec, embedding_dim: int) -> "_Keys":
+        """Keys in the order of the encoder's tensors."""
+        numeric = [("number", c.name) for c in spec.numeric]
+        categorical = [("category", c.name) for c in spec.categorical]
+        embedded = [(*column, i) for column in categorical for i in range(embedding_dim)]
+        rows = [
+            (c.name, *row)
+            for c in spec.categorical
+            for row in [
+                ("missing",),
+                ("unseen",),
+                *(("value", v) for v in c.values),
+                *(("bucket", b, c.buckets) for b in range(c.buckets)),
+            ]
+        ]
+        return cls([*numeric, *categorical], [*numeric, *embedded], rows)
+
+
+def _compare(name: str, own: _Keys, old: _Keys) -> list[str]:
+    """Notes on what is new and what is gone."""
+    notes = []
+    for what, mine, theirs in (("columns", own.columns, old.columns), ("embedding rows", own.rows, old.rows)):
+        new, gone = [k for k in mine if k not in set(theirs)], [k for k in theirs if k not in set(mine)]
+        if new or gone:
+            names = ", ".join("/".join(map(str, key[-2:])) for key in [*new, *gone][:8])
+            found = len(mine) - len(new)
+            notes.append(f"{name}: {found} {what} by name, {len(new)} new, {len(gone)} gone ({names})")
+    return notes
 
 
 class TabNet(nn.Module):

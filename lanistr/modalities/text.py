@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.loading import load_pretrained
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
 from lanistr.transforms import MEMBERS, TextSpec, read_npy
@@ -179,6 +180,7 @@ class TextEncoder(ModalityEncoder[TextInput]):
     def __init__(self, config: TextConfig, spec: TextSpec, width: int, backend: str):
         super().__init__()
         self.backend = backend
+        self.pretrained = config.pretrained is not None
         self.encoder = _make_bert(config, spec)
         hidden = self.encoder.config.hidden_size
         self.projection = nn.Linear(hidden, width)
@@ -222,15 +224,14 @@ def _make_bert(config: TextConfig, spec: TextSpec) -> Any:
     _register_attention()
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if config.pretrained:
-        try:
-            bert = BertModel.from_pretrained(
-                config.pretrained,
-                add_pooling_layer=config.pooler,
-                attn_implementation=HF_ATTENTION,
-                **no_dropout,
-            )
-        except OSError as error:
-            raise ValueError(f"text.pretrained {config.pretrained!r}: {str(error).splitlines()[0]}") from None
+        bert = load_pretrained(
+            BertModel,
+            config.pretrained,
+            "text.pretrained",
+            add_pooling_layer=config.pooler,
+            attn_implementation=HF_ATTENTION,
+            **no_dropout,
+        )
         if bert.config.vocab_size != spec.vocab_size:
             raise ValueError(
                 f"text.pretrained {config.pretrained!r} has {bert.config.vocab_size} tokens, the dataset's tokenizer "

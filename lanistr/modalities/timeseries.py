@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.loading import match_rows
 from lanistr.ops.transformer import Block, checkpoint_blocks
 from lanistr.transforms import MEMBERS, SeriesSpec, read_npy
 
@@ -178,6 +179,20 @@ class SeriesModality(Modality[Series, SeriesInput]):
             weights_tC=torch.from_numpy(weights_tC),
         )
         return Collated(inputs, lengths, float((weights_tC > 0).sum()))
+
+    def adapt(
+        self, stored: dict[str, Tensor], own: dict[str, Tensor], schema: ModalitySchema
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Channels are matched by name; what is new keeps its fresh start."""
+        old = SeriesSpec.model_validate(schema.spec).variables
+        if old == self.spec.variables:
+            return stored, []
+        weight = match_rows(own["input.weight"], stored["input.weight"], 1, self.spec.variables, old)
+        new, gone = set(self.spec.variables) - set(old), set(old) - set(self.spec.variables)
+        names = ", ".join(sorted(new | gone)[:8])
+        found = len(self.spec.variables) - len(new)
+        note = f"{self.name}: {found} channels by name, {len(new)} new, {len(gone)} gone ({names})"
+        return {**stored, "input.weight": weight}, [note]
 
     def build(self, width: int, attention: str) -> "SeriesEncoder":
         """The encoder, its projection and its linear output layer."""

@@ -8,7 +8,6 @@ has a name that starts with a dot.
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lanistr.data.loader import LoaderState
+from lanistr.modalities.loading import LoadReport
 from lanistr.training import distributed
-from lanistr.training.engine import Engine, persistent_buffers
+from lanistr.training.engine import Engine
 
 WEIGHTS = "weights.safetensors"
 
@@ -129,42 +129,32 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     os.replace(temporary, path)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did: names loaded, names the model has and the file lacks, names the file has and the model lacks."""
-
-    loaded: list[str]
-    new: list[str]
-    left_out: list[str]
-
-    def __str__(self) -> str:
-        """One line."""
-        parts = f"{len(self.loaded)} tensors loaded, {len(self.new)} new, {len(self.left_out)} left out"
-        roots = sorted({name.split(".")[0] for name in self.new})
-        return parts + (f" (new: {', '.join(roots)})" if roots else "")
-
-
-def load_weights(module: nn.Module, path: Path, only: Callable[[str], bool] = lambda _: True) -> LoadReport:
-    """Copy every tensor of the same name into the module.
-
-    Args:
-        module: to fill.
-        path: a safetensors file.
-        only: says by name which tensors to take.
+def load_weights(module: nn.Module, path: Path) -> LoadReport:
+    """Copy every tensor of the same name from a safetensors file into the module.
 
     Raises:
         ValueError: a tensor of the same name and another shape (another recipe, or another dataset's schema).
     """
-    stored = {name: tensor for name, tensor in load_file(str(path)).items() if only(name)}
-    names = persistent_buffers(module).keys()
-    targets = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in names}
+    return copy_weights(module, load_file(str(path)), str(path), [])
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, stored: dict[str, torch.Tensor], origin: str, notes: list[str]) -> LoadReport:
+    """As `load_weights`, from tensors that come from ``origin``; ``notes`` go into the report."""
+    targets = named_tensors(module)
     loaded = [name for name in targets if name in stored]
-    with torch.no_grad():
-        for name in loaded:
-            if targets[name].shape != stored[name].shape:
-                raise ValueError(
-                    f"{path}: {name} has shape {tuple(stored[name].shape)}, the model {tuple(targets[name].shape)}; "
-                    "same recipe and dataset schema (`fit_from`)?"
-                )
-            targets[name].copy_(stored[name])
-    return LoadReport(loaded, [n for n in targets if n not in stored], [n for n in stored if n not in targets])
+    for name in loaded:
+        if targets[name].shape != stored[name].shape:
+            raise ValueError(
+                f"{origin}: {name} has shape {tuple(stored[name].shape)}, the model {tuple(targets[name].shape)}; "
+                "same recipe and dataset schema (`fit_from`)?"
+            )
+        targets[name].copy_(stored[name])
+    new, left_out = [n for n in targets if n not in stored], [n for n in stored if n not in targets]
+    return LoadReport(loaded, new, left_out, notes)
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own parameters and persistent buffers."""
+    kept = module.state_dict().keys()
+    return dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in kept}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Finetune
 from lanistr.training import distributed
-from lanistr.training.checkpoint import WEIGHTS, find_latest, load_weights, save_weights
+from lanistr.training.checkpoint import WEIGHTS, save_weights
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.loop import train
 from lanistr.training.run import check_run, describe_run
+from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
 EVAL_BATCH = 64
@@ -116,13 +116,19 @@ def finetune(
     """
     config = recipe.finetune
     if source is None and config.freeze == "encoders":
-        raise ValueError("--from none with finetune.freeze=encoders would freeze encoders that were never trained")
+        untrained = [name for name, block in recipe.model.modalities.items() if not block.get("pretrained")]
+        if untrained:
+            raise ValueError(
+                "--from none with finetune.freeze=encoders would freeze encoders that were never trained: "
+                f"{', '.join(untrained)}; give finetune.freeze=none, or a run"
+            )
     manifest = load_manifest(data, recipe.data)
     if not manifest.labels:
         raise ValueError(f"{data}: dataset {manifest.name} has no labels")
     modalities = make_modalities(manifest, recipe.model.modalities)
     resuming = check_run(run, resuming)
-    pretrained = _pretrained_weights(source) if source else None
+    if source:
+        pretrained_weights(source)  # fails before anything heavy starts
     rank, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
     loader = TrainLoader(
@@ -144,11 +150,11 @@ def finetune(
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     task = make_task(recipe, manifest, device.type, config.precision)
-    if pretrained:
-        report = load_weights(task, pretrained, _transferred(task) if config.transfer == "encoders" else lambda _: True)
-        if rank == 0:
-            logger.info("%s: %s", pretrained, report)
+    report = transfer(task, source, modalities, config.transfer == "encoders") if source else None
+    if report and rank == 0:
+        logger.info("%s: %s", source, report)
     if config.freeze == "encoders":
+        refuse_untrained(task, report)
         task.freeze()
     extra = {
         "task": "finetune",
@@ -171,16 +177,3 @@ def make_task(recipe: Recipe, manifest: Manifest, device: str, precision: str = 
     model = build_model(recipe.model, modalities, recipe.finetune.seed, device, precision)
     width, classes = recipe.model.fusion.width, len(manifest.labels)
     return Finetune(model, width, classes, recipe.finetune, recipe.finetune.seed)
-
-
-def _transferred(task: Finetune) -> Callable[[str], bool]:
-    """Whether a tensor belongs to a unimodal encoder."""
-    prefixes = tuple(f"model.encoders.{name}.encoder." for name in task.model.encoders)
-    return lambda name: name.startswith(prefixes)
-
-
-def _pretrained_weights(source: Path) -> Path:
-    found = find_latest(source)
-    if found is None:
-        raise ValueError(f"--from {source}: no complete checkpoint there; give a pretraining run, or none")
-    return found.folder / WEIGHTS

@@ -13,6 +13,7 @@ from lanistr.config import Recipe
 from lanistr.manifest import Manifest
 from lanistr.training import distributed
 from lanistr.training.checkpoint import find_latest
+from lanistr.training.transfer import save_schema
 
 PACKAGES = ("lanistr", "torch", "deepspeed", "transformers", "numpy")
 
@@ -39,12 +40,13 @@ def check_run(run: Path, resuming: bool) -> bool:
 def describe_run(
     run: Path, recipe: Recipe, manifest: Manifest, ds_config: dict[str, Any], extra: dict[str, Any]
 ) -> None:
-    """Write ``recipe.yaml``, ``ds_config.json`` and ``run.json`` (rank 0; the others wait)."""
+    """Write ``recipe.yaml``, ``schema.json``, ``ds_config.json`` and ``run.json`` (rank 0; the others wait)."""
     if distributed.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(
             yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
+        save_schema(run, manifest)
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=1), encoding="utf-8")
         identity = {
             "dataset": manifest.name,

@@ -1,0 +1,76 @@
+"""From pretraining to fine-tuning: everything is carried over, TabNet and its embeddings included."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lanistr.manifest import Manifest, ModalitySchema
+from lanistr.modalities.base import Modality
+from lanistr.modalities.loading import LoadReport
+from lanistr.tasks import Finetune
+from lanistr.training.checkpoint import WEIGHTS, copy_weights, find_latest, named_tensors
+
+SCHEMA = "schema.json"
+
+
+def save_schema(run: Path, manifest: Manifest) -> None:
+    """Keep what the tensors of the run stand for beside them."""
+    schemas = {name: schema.model_dump() for name, schema in manifest.modalities.items()}
+    (run / SCHEMA).write_text(json.dumps(schemas), encoding="utf-8")
+
+
+def pretrained_weights(source: Path) -> Path:
+    """The newest weights of a run. Raises ValueError where there are none."""
+    found = find_latest(source)
+    if found is None:
+        raise ValueError(f"--from {source}: no complete checkpoint there; give a pretraining run, or none")
+    return found.folder / WEIGHTS
+
+
+def transfer(
+    task: Finetune, source: Path, modalities: dict[str, Modality[Any, Any]], encoders_only: bool = False
+) -> LoadReport:
+    """Fill the task from a pretraining run, also one on other columns, categories or channels.
+
+    Args:
+        task: to fill.
+        source: run folder.
+        modalities: of the new dataset.
+        encoders_only: leave projections and fusion fresh.
+
+    Raises:
+        ValueError: no checkpoint; sizes that differ elsewhere than in columns, categories or channels.
+    """
+    path = pretrained_weights(source)
+    stored = load_file(str(path))
+    prefixes = {name: f"model.encoders.{name}.encoder." for name in task.model.encoders}
+    if encoders_only:
+        stored = {name: tensor for name, tensor in stored.items() if name.startswith(tuple(prefixes.values()))}
+    schemas = json.loads((source / SCHEMA).read_text(encoding="utf-8")) if (source / SCHEMA).is_file() else {}
+    notes: list[str] = []
+    for name in prefixes.keys() & schemas.keys():
+        prefix = prefixes[name]
+        part = {n.removeprefix(prefix): stored.pop(n) for n in list(stored) if n.startswith(prefix)}
+        own = named_tensors(task.model.encoder(name).encoder)
+        adapted, found = modalities[name].adapt(part, own, ModalitySchema.model_validate(schemas[name]))
+        stored |= {prefix + n: tensor for n, tensor in adapted.items()}
+        notes += found
+    return copy_weights(task, stored, str(path), sorted(notes))
+
+
+def refuse_untrained(task: Finetune, report: LoadReport | None) -> None:
+    """Raises ValueError where freezing would keep an encoder at its random start for ever."""
+    loaded = report.loaded if report else []
+    untrained = [
+        name
+        for name in task.model.encoders
+        if not task.model.encoder(name).pretrained
+        and not any(n.startswith(f"model.encoders.{name}.encoder.") for n in loaded)
+    ]
+    if untrained:
+        raise ValueError(
+            f"finetune.freeze=encoders would freeze {', '.join(untrained)}, which was never trained: give --from a run "
+            "that has it, model.modalities.<name>.pretrained, or finetune.freeze=none"
+        )

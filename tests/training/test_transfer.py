@@ -1,0 +1,120 @@
+"""What fine-tuning takes over from pretraining, also on other columns, categories and channels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lanistr.config import FinetuneConfig
+from lanistr.manifest import ModalitySchema
+from lanistr.modalities import MODALITIES
+from lanistr.modalities.base import Modality
+from lanistr.model.lanistr import build_model
+from lanistr.tasks import Finetune
+from lanistr.training.checkpoint import WEIGHTS, named_tensors, save_weights
+from lanistr.training.transfer import refuse_untrained, transfer
+from lanistr.transforms import MEMBERS, npy_bytes
+from tests.model.support import RECIPE, SCHEMAS, make_modalities, make_pretrain
+
+OTHER_TABLE = {
+    "kind": "tabular",
+    "numeric": [{"name": "b", "mean": 0.0, "std": 1.0}, {"name": "new", "mean": 0.0, "std": 1.0}, {"name": "a", "mean": 1.0, "std": 2.0}],
+    "categorical": [{"name": "d", "values": ["p"]}, {"name": "c", "values": ["w", "z", "x", "y"]}],
+}  # fmt: skip
+
+
+def modalities_with(name: str, spec: dict[str, Any]) -> dict[str, Modality[Any, Any]]:
+    schema = ModalitySchema(kind=name, members=MEMBERS[name], spec=spec)
+    return {**make_modalities(), name: MODALITIES[name](name, RECIPE.model.modalities[name], schema)}
+
+
+def pretraining_run(folder: Path) -> tuple[Path, Any]:
+    """A run folder with a checkpoint, written by hand."""
+    task = make_pretrain(make_modalities(), seed=3)
+    with torch.no_grad():
+        for name, buffer in task.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer += torch.rand(buffer.shape)
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    save_weights(checkpoint / WEIGHTS, {n: t.detach().clone() for n, t in named_tensors(task).items()})
+    (checkpoint / "meta.json").write_text(json.dumps({"step": 1, "world": 1, "loader": {}}))
+    schemas = {n: {"kind": n, "members": MEMBERS[n], "spec": s.model_dump()} for n, s in SCHEMAS.items()}
+    (folder / "schema.json").write_text(json.dumps(schemas))
+    return folder, task
+
+
+def fresh(modalities: dict[str, Modality[Any, Any]]) -> Finetune:
+    model = build_model(RECIPE.model, modalities, seed=9)
+    return Finetune(model, RECIPE.model.fusion.width, 3, FinetuneConfig(), seed=9).eval()
+
+
+def test_everything_but_the_classifier_is_carried_over(tmp_path: Path) -> None:
+    run, pretrained = pretraining_run(tmp_path)
+    tuned = fresh(make_modalities())
+    report = transfer(tuned, run, make_modalities())
+    stored = named_tensors(pretrained)
+    for name, tensor in named_tensors(tuned).items():
+        if not name.startswith("classifier."):
+            assert torch.equal(tensor, stored[name]), name
+    assert report.new
+    assert all(name.startswith("classifier.") for name in report.new)
+    assert all(".head." in name or name.startswith("heads.") for name in report.left_out)
+    assert "new: classifier" in str(report)
+
+
+def test_columns_and_categories_in_another_order_give_the_same_tokens(tmp_path: Path) -> None:
+    run, pretrained = pretraining_run(tmp_path)
+    spec = SCHEMAS["tabular"].model_dump()
+    shuffled = {
+        **spec,
+        "numeric": spec["numeric"][::-1],
+        "categorical": [{"name": "c", "values": ["z", "new", "x", "y"]}],
+    }
+    modalities = modalities_with("tabular", shuffled)
+    tuned = fresh(modalities)
+    report = transfer(tuned, run, modalities)
+    here = modalities["tabular"].decode({"tab.npy": npy_bytes(np.array([0.5, 2.0, 4], dtype=np.float32))})  # b, a, x
+    there = make_modalities()["tabular"].decode({"tab.npy": npy_bytes(np.array([2.0, 0.5, 2], dtype=np.float32))})
+    ours = tuned.model.encoder("tabular").encode(modalities["tabular"].collate([here], None, [1.0]).inputs)
+    inputs = make_modalities()["tabular"].collate([there], None, [1.0]).inputs
+    expected = pretrained.eval().model.encoder("tabular").encode(inputs)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert report.notes == ["tabular: 5 embedding rows by name, 1 new, 0 gone (value/new)"]
+
+
+def test_other_columns_are_matched_by_name_and_the_rest_is_reported(tmp_path: Path) -> None:
+    run, pretrained = pretraining_run(tmp_path)
+    modalities = modalities_with("tabular", OTHER_TABLE)
+    tuned = fresh(modalities)
+    untouched = named_tensors(fresh(modalities))
+    report = transfer(tuned, run, modalities)
+    table = "model.encoders.tabular.encoder.embedding.weight"
+    own, stored = named_tensors(tuned)[table], named_tensors(pretrained)[table]
+    assert torch.equal(own[3:5], stored[:2])  # missing, unseen of column c, after the three rows of column d
+    assert torch.equal(own[6:], stored[[4, 2, 3]])  # z, x, y
+    assert torch.equal(own[[0, 1, 2, 5]], untouched[table][[0, 1, 2, 5]])  # column d and value w: fresh
+    assert any("3 columns by name, 2 new, 0 gone (number/new, category/d)" in note for note in report.notes)
+
+
+def test_channels_are_matched_by_name(tmp_path: Path) -> None:
+    run, pretrained = pretraining_run(tmp_path)
+    spec = {**SCHEMAS["timeseries"].model_dump(), "variables": ["s", "new", "p"], "groups": [[0], [1], [2]]}
+    spec |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    modalities = modalities_with("timeseries", spec)
+    tuned = fresh(modalities)
+    report = transfer(tuned, run, modalities)
+    weight = "model.encoders.timeseries.encoder.input.weight"
+    own, stored = named_tensors(tuned)[weight], named_tensors(pretrained)[weight]
+    assert torch.equal(own[:, [0, 2]], stored[:, [3, 0]])
+    assert report.notes == ["timeseries: 2 channels by name, 1 new, 2 gone (new, q, r)"]
+
+
+def test_an_encoder_that_was_never_trained_is_not_frozen(tmp_path: Path) -> None:
+    run, _ = pretraining_run(tmp_path)
+    tuned = fresh(make_modalities())
+    with pytest.raises(ValueError, match="would freeze text, image, tabular, timeseries, which was never trained"):
+        refuse_untrained(tuned, None)
+    refuse_untrained(tuned, transfer(tuned, run, make_modalities()))
