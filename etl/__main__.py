@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--threads", type=_positive, help="threads of DuckDB (default: all cores)")
     build.add_argument("--tmp", type=Path, help="folder to spill into (default: in the lake)")
     build.set_defaults(run=_build)
+    _add_maintenance(commands)
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
     verify.set_defaults(run=_verify)
@@ -60,6 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--cards", type=int, default=24, help="samples shown")
     preview.set_defaults(run=_preview)
     return parser
+
+
+def _add_maintenance(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    gc = commands.add_parser("gc", help="remove from a lake what no manifest refers to")
+    gc.add_argument("lake", type=Path)
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.set_defaults(run=_gc)
+    diff = commands.add_parser("diff", help="what differs between two gold datasets")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    diff.set_defaults(run=_diff)
+    index = commands.add_parser("index", help="index and manifest for existing WebDataset tars")
+    index.add_argument("tars", type=Path, nargs="*", help="plain tars of the train split")
+    index.add_argument("--val", type=Path, nargs="*", default=[])
+    index.add_argument("--test", type=Path, nargs="*", default=[])
+    index.add_argument("--out", type=Path, required=True, help="new folder; the tars stay where they are")
+    index.add_argument("--like", type=Path, metavar="GOLD", help="take schema, labels and tokenizer from this dataset")
+    index.add_argument("--size", type=_positive, default=224, help="pixels that the images are meant for")
+    index.add_argument("--ignore", default="", metavar="txt,...", help="members to leave out")
+    index.set_defaults(run=_index)
 
 
 def _share(text: str) -> float:
@@ -141,6 +162,26 @@ def _build(arguments: argparse.Namespace) -> None:
         build_plan(loaded, arguments.raw, arguments.lake, **options)
         return
     print(build(loaded, arguments.raw, arguments.lake, executor=where, **options))
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from etl.gc import collect
+
+    print("\n".join(collect(arguments.lake, dry_run=arguments.dry_run)))
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from etl.diff import diff
+
+    print(diff(arguments.a, arguments.b))
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from etl.index import index
+
+    tars = {"train": arguments.tars, "val": arguments.val, "test": arguments.test}
+    ignore = [suffix.strip().removeprefix(".") for suffix in arguments.ignore.split(",") if suffix.strip()]
+    print(index(tars, arguments.out, size=arguments.size, like=arguments.like, ignore=ignore))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
