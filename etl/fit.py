@@ -127,9 +127,11 @@ def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokeniz
         return _given_tokenizer(choice, raw)
     from etl import wordpiece
 
-    rows = con.execute("select text from samples where split = 'train' and text is not null order by row_id").fetchall()
     limit = recipe.text.max_chars
-    return wordpiece.train((text[:limit] for (text,) in rows), choice.train)
+    # The trainer counts words: their order does not matter, and no more than a batch of texts is in memory.
+    reader = con.sql("select text from samples where split = 'train' and text is not null").to_arrow_reader(4096)
+    texts = (text[:limit] for batch in reader for text in batch["text"].to_pylist())
+    return wordpiece.train(texts, choice.train)
 
 
 def _given_tokenizer(choice: TokenizerChoice, raw: Path) -> "Tokenizer":
@@ -153,10 +155,10 @@ def _round(value: float) -> float:
 
 
 def _statistics(con: "DuckDBPyConnection", query: str) -> tuple[float, float]:
-    """Mean and standard deviation (1 for a constant) of an ordered single-column query."""
+    """Mean and standard deviation (1 for a constant) of a single-column query in any order: sums go by value."""
     import numpy as np
 
-    values = con.execute(query).fetchnumpy()["v"].astype(np.float64)
+    values = np.sort(con.execute(query).fetchnumpy()["v"].astype(np.float64))
     if not len(values):
         return 0.0, 1.0
     deviation = float(values.std())
@@ -168,9 +170,7 @@ def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) ->
     numeric = []
     for name in samples.numeric:
         c = column(f"n:{name}")
-        mean, std = _statistics(
-            con, f"select {c} as v from samples where split = 'train' and {c} is not null order by row_id"
-        )
+        mean, std = _statistics(con, f"select {c} as v from samples where split = 'train' and {c} is not null")
         numeric.append(NumericColumn(name=name, mean=mean, std=std))
     categorical = []
     for name in samples.categorical:
@@ -198,7 +198,7 @@ def _fit_series(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> 
     mean, std = [0.0] * len(variables), [1.0] * len(variables)
     for channel in numbers:
         query = f"select value as v from series where {train} and variable = {literal(variables[channel])}"
-        mean[channel], std[channel] = _statistics(con, f"{query} order by row_id, time")
+        mean[channel], std[channel] = _statistics(con, query)
     return SeriesSpec(
         variables=variables,
         groups=layout.groups if layout else [[i] for i in range(len(variables))],
