@@ -154,7 +154,7 @@ def eager_ingest(raw: Path, lake: Path, memory: int, threads: int) -> int:
 
 
 def eager_gold(raw: Path, lake: Path, memory: int, threads: int) -> int:
-    import webdataset
+    from webdataset.writer import ShardWriter
 
     from lanistr.transforms import encode_text, load_tokenizer, npy_bytes, text_spec
 
@@ -162,7 +162,7 @@ def eager_gold(raw: Path, lake: Path, memory: int, threads: int) -> int:
     spec = text_spec(tokenizer, 128)
     lake.mkdir()
     rows = _eager(raw).to_dicts()
-    with webdataset.ShardWriter(str(lake / "%05d.tar"), maxcount=10_000, verbose=0) as writer:
+    with ShardWriter(str(lake / "%05d.tar"), maxcount=10_000, verbose=0) as writer:
         for i, row in enumerate(rows):
             members = encode_text(row["text"] or "", tokenizer, spec)
             members["tab.npy"] = npy_bytes(np.array([row["unixReviewTime"], bool(row["verified"])], dtype=np.float32))
