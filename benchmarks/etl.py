@@ -227,7 +227,7 @@ def compare(size: int, folder: Path, arguments: argparse.Namespace, gold_too: bo
         for ours, theirs in pairs.items():
             lake = folder / f"lake-{round_}-{'silver' if ours == 'gold' else ours}"
             runs.setdefault(ours, []).append(measure(ours, raw, lake, arguments.memory, arguments.threads))
-            if theirs and size <= arguments.eager_rows:
+            if theirs and size <= (arguments.eager_rows if ours == "ingest" else arguments.eager_gold_rows):
                 lake = folder / f"lake-{round_}-{theirs}"
                 runs.setdefault(theirs, []).append(measure(theirs, raw, lake, arguments.memory, arguments.threads))
     return [_row(f"{ours}/{size}", runs[ours], runs.get(theirs or "")) for ours, theirs in pairs.items()]
@@ -296,7 +296,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", default="200000,1000000,4000000")
     parser.add_argument("--gold-rows", type=int, default=4_000_000, help="largest size at which gold is measured")
-    parser.add_argument("--eager-rows", type=int, default=1_000_000, help="largest size of the in-memory road")
+    parser.add_argument("--eager-rows", type=int, default=1_000_000, help="largest size of the in-memory ingest")
+    parser.add_argument("--eager-gold-rows", type=int, default=200_000, help="the same for its gold (slow)")
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("2GB"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
