@@ -28,7 +28,13 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--missing", type=_rates, default={}, metavar="image=0.5,series=0.4,...")
     synth.set_defaults(run=_synth)
-    build = commands.add_parser("build", help="raw files -> bronze, silver, gold")
+    build = commands.add_parser(
+        "build",
+        help="raw files -> bronze, silver, gold",
+        epilog="A build that was killed goes on where it stopped when the same command is run again. As an array job: run "
+        "the command once with --prepare, then N times with --task-index 0..N-1 --num-tasks N, then once without these "
+        "options: this does what a killed member left, and writes the manifest.",
+    )
     build.add_argument("recipe", help="path, or name of a recipe in etl/recipes")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="for example source.metadata=null")
     build.add_argument("--raw", type=Path, required=True, help="folder with the raw files; only read")
