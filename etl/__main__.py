@@ -28,6 +28,17 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--missing", type=_rates, default={}, metavar="image=0.5,series=0.4,...")
     synth.set_defaults(run=_synth)
+    init = commands.add_parser("init", help="guess a recipe from raw tables")
+    init.add_argument("files", nargs="+", type=Path, help="tables: csv, tsv, jsonl, parquet, each also .gz and .zst")
+    init.add_argument("--out", type=Path, help="recipe to write (default: print it)")
+    init.add_argument("--force", action="store_true", help="overwrite --out")
+    init.set_defaults(run=_init)
+
+    convert = commands.add_parser("convert", help="UEA .ts -> csv tables, .zip -> files")
+    convert.add_argument("files", nargs="+", type=Path)
+    convert.add_argument("--out", type=Path, required=True, help="folder")
+    convert.set_defaults(run=_convert)
+
     build = commands.add_parser(
         "build",
         help="raw files -> bronze, silver, gold",
@@ -51,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--memory", type=_bytes, metavar="4GB", help="what the build may use; the rest is spilled to disk"
     )
+    build.add_argument("--salvage", action="store_true", help="read truncated files up to where they break")
     build.add_argument("--threads", type=_positive, help="threads of DuckDB (default: all cores)")
     build.add_argument("--tmp", type=Path, help="folder to spill into (default: in the lake)")
     build.set_defaults(run=_build)
@@ -145,13 +157,33 @@ def _synth(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {arguments.samples} products", file=sys.stderr)
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from etl.convert import convert
+
+    print("\n".join(convert(arguments.files, arguments.out)))
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from etl.init import init
+
+    if arguments.out and arguments.out.exists() and not arguments.force:
+        raise ValueError(f"--out {arguments.out}: is there already; overwrite it with --force")
+    text = init(arguments.files)
+    if not arguments.out:
+        print(text, end="")
+        return
+    arguments.out.write_text(text, encoding="utf-8")
+    print(arguments.out)
+
+
 def _build(arguments: argparse.Namespace) -> None:
     from etl import recipe
     from etl.build import build, build_plan, build_share
     from etl.cluster import executor
     from etl.prepare import Limits
 
-    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    salvage = ["salvage=true"] if arguments.salvage else []
+    loaded = recipe.load(arguments.recipe, [*arguments.overrides, *salvage])
     if not arguments.raw.is_dir():
         raise ValueError(f"--raw {arguments.raw}: no such folder")
     if arguments.tmp and not arguments.tmp.is_dir():

@@ -22,6 +22,7 @@ from lanistr.transforms import (
     read_npy,
 )
 
+MAX_IMAGE_BYTES = 256 << 20
 RAW_TEXT = "txt"  # member with the raw text, on request; training does not read it
 
 
@@ -102,10 +103,13 @@ class Encoder:
     def image_digest(self, name: str) -> bytes:
         """sha256 of an image file; empty where there is none that may be read."""
         path = self._inside(name)
-        if path is None or not path.is_file():
+        try:
+            if path is None or not path.is_file():
+                return b""
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError:
             return b""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -121,18 +125,23 @@ class Encoder:
         return members | ({RAW_TEXT: text.encode()} if self.keep_raw else {})
 
     def _inside(self, name: str) -> Path | None:
-        path = (self.raw / name).resolve()
+        try:
+            path = (self.raw / name).resolve()
+        except (OSError, ValueError, RuntimeError):  # a NUL byte, an endless name, a loop of links
+            return None
         return path if path.is_relative_to(self.raw.resolve()) else None
 
     def _image(self, name: str, spec: ImageSpec) -> tuple[dict[str, bytes], str | None]:
         path = self._inside(name)
         if path is None:
             return {}, "image outside of the raw folder"
-        if not path.is_file():
-            return {}, None
         try:
+            if not path.is_file():
+                return {}, None
+            if path.stat().st_size > MAX_IMAGE_BYTES:
+                return {}, "image file too large"
             return encode_image(path.read_bytes(), spec), None
-        except ValueError:
+        except (ValueError, OSError):
             return {}, "broken image"
 
 

@@ -18,10 +18,11 @@ import lanistr.transforms
 from etl import silver, split
 from etl.encoder import RAW_TEXT
 from etl.fit import TOKENIZER, Fit, make_fit
-from etl.ingest import RawFile, connect, register
+from etl.ingest import connect
 from etl.lake import publish, say, whole_file, work_folder
 from etl.plan import BUCKETS, Plan, load_plan
 from etl.quarantine import Quarantine
+from etl.raw import RawTable, register
 from etl.recipe import Recipe
 from etl.shards import FORMAT
 from etl.sources.registry import SOURCES
@@ -72,8 +73,9 @@ def prepare(
         again: make it anew in any case.
     """
     work = work_folder(lake, recipe.name)
-    files = {name: register(raw, name) for name in SOURCES[recipe.source.kind].raw_files(recipe.source)}
-    say(f"bronze: {len(files)} raw files registered")
+    names = SOURCES[recipe.source.kind].raw_files(recipe.source)
+    files = {name: register(raw, name, salvage=recipe.salvage) for name in names}
+    say(f"bronze: {sum(len(table.files) for table in files.values()):,} raw files registered")
     kept = None if refit else lake / "fit" / recipe.name
     identity = _identity(recipe, raw, files, kept)
     plan = None if again else load_plan(work)
@@ -96,7 +98,7 @@ def prepare(
     return plan
 
 
-def _identity(recipe: Recipe, raw: Path, files: Mapping[str, RawFile], kept: Path | None) -> str:
+def _identity(recipe: Recipe, raw: Path, files: Mapping[str, RawTable], kept: Path | None) -> str:
     tokenizer = recipe.text.tokenizer.path if recipe.text else None
     given = [raw / tokenizer] if tokenizer else []
     given += sorted(kept.iterdir()) if kept and kept.is_dir() else []
@@ -105,7 +107,7 @@ def _identity(recipe: Recipe, raw: Path, files: Mapping[str, RawFile], kept: Pat
     return fingerprint(
         {
             "recipe": recipe.model_dump(mode="json"),
-            "files": {name: file.sha256 for name, file in files.items()},
+            "files": [[file.name, file.sha256] for table in files.values() for file in table.files],
             "given": [[path.name, _digest(path)] for path in given],
             "code": sorted(_digest(path) for path in code),
             "versions": [version(name) for name in (*READERS, *WRITERS)],
@@ -122,7 +124,7 @@ def _prepare(
     recipe: Recipe,
     raw: Path,
     lake: Path,
-    files: dict[str, RawFile],
+    files: dict[str, RawTable],
     kept: Path | None,
     identity: str,
     max_bad: float,
@@ -141,7 +143,7 @@ def _prepare(
         fit.save(work / "fit")
     buckets = _buckets(con, work / "fit", kept)
     tasks = silver.write_tables(con, recipe.name, recipe.split.salt, buckets, work / "silver")
-    silver.write_registered(files, work / "bronze")
+    silver.write_registered(files, quarantine.rows, work / "bronze")
     say(f"silver: {sum(task.n for task in tasks):,} samples in {len(tasks):,} tasks")
     schemas = _schemas(recipe, fit)
     tokenizer = _save_tokenizer(fit, lake / "gold" / recipe.name)
@@ -157,7 +159,7 @@ def _prepare(
         counts=samples.counts,
         quarantine=reasons,
         records=quarantine.records,
-        parents=[{"file": file.name, "sha256": file.sha256} for file in files.values()],
+        parents=[{"file": file.name, "sha256": file.sha256} for table in files.values() for file in table.files],
         created_by={name: version(name) for name in (*READERS, *WRITERS)},
         fingerprint=_fingerprint(recipe, schemas, tokenizer, samples),
         tasks=tasks,

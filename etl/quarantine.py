@@ -1,5 +1,6 @@
 """Records that are set aside, with the reason: never dropped in silence, never passed on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,13 @@ class Quarantine:
 
     Attributes:
         records: raw records read so far, good and bad.
+        rows: good rows read, by file.
     """
 
     def __init__(self, con: "DuckDBPyConnection"):
         self.con = con
         self.records = 0
+        self.rows: dict[str, int] = {}
         con.execute("create table quarantine (part varchar, file varchar, line bigint, reason varchar, raw varchar)")
 
     def add(self, part: str, select: str) -> int:
@@ -31,6 +34,21 @@ class Quarantine:
             f"insert into quarantine select {literal(part)}, file, line, reason, left(raw, {MAX_RAW_CHARS}) from ({select})"
         )
         return self.total() - before
+
+    def add_rows(self, part: str, rows: Sequence[tuple[str, int, str | None, str | None]]) -> None:
+        """Add rows (file, line, reason, raw)."""
+        if not rows:
+            return
+        import pyarrow as pa
+
+        names = ("file", "line", "reason", "raw")
+        arrived = pa.table(dict(zip(names, (list(values) for values in zip(*rows, strict=True)), strict=True)))
+        arrived = arrived.cast(
+            pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
+        )
+        self.con.register("arrived", arrived)
+        self.add(part, "from arrived")
+        self.con.unregister("arrived")
 
     def total(self) -> int:
         """Number of records set aside."""

@@ -6,13 +6,14 @@ an error that names the nearest known one.
 """
 
 import difflib
+import string
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lanistr.manifest import Strict
 
@@ -23,49 +24,100 @@ MAX_CATEGORY_ID = 1 << 24  # ids are stored as float32, which is exact up to her
 Modality = Literal["text", "image", "tabular", "timeseries"]
 
 
+Key = str | Annotated[list[str], Field(min_length=1)]
+
+
 class TextTable(Strict):
     """Text columns, joined by a space.
 
     Attributes:
-        table: raw file with the texts; the main table itself where absent.
-        id: column that names the sample; the main table's ``id`` where absent.
+        table: raw table with the texts; the main table itself where absent.
+        id: column or columns that name the sample; the main table's ``id`` where absent.
     """
 
     columns: list[str] = Field(min_length=1)
     table: str | None = None
+    id: Key | None = None
+
+
+class SideTable(Strict):
+    """A table with facts about what several samples share (a product, a place); its columns join the main table's.
+
+    Attributes:
+        on: column of the main table.
+        id: column of this table that holds the same values, once each; ``on`` where absent.
+    """
+
+    table: str
+    on: str
     id: str | None = None
+    columns: list[str] = Field(min_length=1)
 
 
 class SeriesTable(Strict):
-    """A long table: one row per (sample, time, variable). ``time`` holds numbers or timestamps."""
+    """A long table (one row per sample, time and variable) or a wide one (one row per sample and time).
+
+    Attributes:
+        time: column of numbers or timestamps (without a zone: UTC).
+        variable, value: columns of a long table.
+        values: columns of a wide table, one per variable.
+    """
 
     table: str
-    id: str
+    id: Key
     time: str
-    variable: str
-    value: str
+    variable: str | None = None
+    value: str | None = None
+    values: list[str] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _long_or_wide(self) -> "SeriesTable":
+        long = self.variable is not None and self.value is not None
+        if long == (self.values is not None) or (self.variable is None) != (self.value is None):
+            raise ValueError("give variable and value (a long table), or values (a wide one)")
+        return self
 
 
 class TableSource(Strict):
-    """Any user's own tables: a main table with one row per sample, and optional side tables and images.
+    """Any user's own tables: main tables with one row per sample, and optional side tables, images and series.
+
+    A table is a file, a glob (``part-*.parquet``) or an fsspec URL: ``.parquet``, ``.csv``, ``.tsv`` or ``.jsonl``,
+    each plain, ``.gz`` or ``.zst``, relative to the raw folder.
 
     Attributes:
-        main: ``.parquet``; ``.csv``, ``.tsv`` or ``.jsonl``, each plain, ``.gz`` or ``.zst``. Relative to the raw folder,
-            as all files here.
-        id: column that identifies a row of ``main``.
+        main: one table, or several whose columns differ (a column that one of them lacks is missing there).
+        id: column or columns that identify a row; of several, those that are there are joined by ``|``.
         group: column whose values never straddle splits (a patient, a customer); ``id`` where absent.
+        group_chars: only so many first characters of the group tell groups apart.
         label: column with the class; a null is an unlabelled sample.
-        image: template of an image's path, for example ``photos/{product_id}.jpg``; its fields are main columns.
+        keep: column -> values: other rows of ``main`` are left out, and counted; null stands for a missing value.
+        join: side tables.
+        image: template of an image's path, for example ``photos/{product_id}.jpg`` or ``{path}``; its fields are columns.
+        series: long or wide tables; their variables are put together.
     """
 
     kind: Literal["table"]
-    main: str
-    id: str
+    main: Key
+    id: Key
     group: str | None = None
+    group_chars: int | None = Field(default=None, ge=1)
     label: str | None = None
+    keep: dict[str, list[str | None]] = {}
+    join: list[SideTable] = []
     text: TextTable | None = None
     image: str | None = None
-    series: SeriesTable | None = None
+    series: SeriesTable | Annotated[list[SeriesTable], Field(min_length=1)] | None = None
+
+    @field_validator("image")
+    @classmethod
+    def _is_template(cls, template: str | None) -> str | None:
+        try:
+            parts = list(string.Formatter().parse(template or ""))
+        except ValueError as error:
+            raise ValueError(f"{template!r} is not a template such as photos/{{id}}.jpg: {error}") from None
+        if any(name == "" or form or conversion for _, name, form, conversion in parts):
+            raise ValueError(f"{template!r}: write only column names between braces, as in photos/{{id}}.jpg")
+        return template
 
 
 class AmazonSource(Strict):
@@ -249,6 +301,7 @@ class Recipe(Strict):
         name: the gold dataset's name: letters, digits, ``_``, ``-``.
         require: keep only samples that have all of these modalities.
         shard_size: samples per tar.
+        salvage: read truncated raw files up to where they break.
         fit_from: a gold folder whose tokenizer, vocabularies and statistics are used instead of fitting.
     """
 
@@ -262,6 +315,7 @@ class Recipe(Strict):
     timeseries: SeriesRecipe | None = None
     shard_size: int = Field(default=10_000, ge=1)
     fit_from: str | None = None
+    salvage: bool = False
 
     @property
     def modalities(self) -> list[Modality]:
@@ -370,7 +424,8 @@ def _read(given: str | Path) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # "One or many" gives errors for both readings: an unknown key says most, then what is wrong deepest inside.
+    first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     path, siblings = _locate(first["loc"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.4)
@@ -389,10 +444,14 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
         if len(candidates) > 1:
             candidates = [m for m in candidates if part in getattr(m.model_fields["kind"].annotation, "__args__", ())]
             continue
+        if not candidates or "[" in str(part) or part == candidates[0].__name__:  # the tag of "one or many"
+            continue
         path.append(str(part))
+        if isinstance(part, int):
+            continue
         siblings = list(candidates[0].model_fields) if candidates else []
         field = candidates[0].model_fields.get(str(part)) if candidates else None
-        candidates = list(_models(field.annotation)) if field else []
+        candidates = list(dict.fromkeys(_models(field.annotation))) if field else []
     return path, siblings
 
 

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile
 from etl.lake import whole_file
 from etl.quarantine import literal
+from etl.raw import RawTable
 from lanistr.manifest import SPLITS, Strict
 
 if TYPE_CHECKING:
@@ -149,12 +149,13 @@ def _write_part(path: Path, batches: Iterable["pa.RecordBatch"], schema: "pa.Sch
     return total
 
 
-def write_registered(files: dict[str, RawFile], folder: Path) -> None:
-    """Bronze: write what is known of the raw files."""
+def write_registered(tables: dict[str, RawTable], good: dict[str, int], folder: Path) -> None:
+    """Bronze: write what is known of the raw files, with the number of ``good`` rows of each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
-    rows = [{k: str(v) if isinstance(v, Path) else v for k, v in asdict(file).items()} for file in files.values()]
+    files = [file for table in tables.values() for file in table.files]
+    rows = [asdict(file) | {"rows": good.get(file.name, 0)} for file in files]
     with whole_file(folder / "_files.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")

@@ -21,6 +21,7 @@ import numpy as np
 from lanistr.manifest import Strict
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from tokenizers import Tokenizer
 
 MISSING_ID = 0  # category id of a missing cell
@@ -204,28 +205,39 @@ def encode_text(text: str, tokenizer: "Tokenizer", spec: TextSpec) -> dict[str, 
 
 
 def encode_image(data: bytes, spec: ImageSpec) -> dict[str, bytes]:
-    """Decode, rotate by EXIF, convert to RGB, shrink the shorter side to ``spec.size``, write a JPEG.
+    """Decode, rotate by EXIF, lay what is transparent on white, shrink the shorter side to ``spec.size``, write a JPEG.
 
     Raises:
-        ValueError: not an image that Pillow can decode, or more than 64 million pixels.
+        ValueError: not an image that Pillow can decode, more than 64 million pixels, or too long for a JPEG.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL.Image import Resampling
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"image of {opened.width} x {opened.height} pixels: too large")
-            opened.draft("RGB", (spec.size, spec.size))
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = _decode(data, spec.size)
+        short = min(image.size)
+        if short > spec.size:
+            width, height = (max(spec.size, round(side * spec.size / short)) for side in image.size)
+            image = image.resize((width, height), Resampling.BILINEAR)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=spec.quality)
+    except Exception as error:  # on hostile bytes Pillow's decoders raise almost anything
         raise ValueError(f"not a readable image: {error}") from None
-    short = min(image.size)
-    if short > spec.size:
-        width, height = (max(spec.size, round(side * spec.size / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=spec.quality)
     return {"jpg": buffer.getvalue()}
+
+
+def _decode(data: bytes, size: int) -> "Image":
+    """An RGB image, decoded at a size not much above ``size`` where the format allows it."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as opened:
+        if opened.width * opened.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"image of {opened.width} x {opened.height} pixels: too large")
+        opened.draft("RGB", (size, size))
+        image = ImageOps.exif_transpose(opened)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def category_id(value: Any, column: CategoricalColumn, lookup: Mapping[str, int]) -> int:

@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, cast_number, load
+from etl.ingest import cast_number, load
 from etl.quarantine import Quarantine, column, literal
+from etl.raw import RawTable
 from etl.recipe import AmazonSource, Recipe
 from etl.sources.samples import Samples
 
@@ -36,7 +37,7 @@ def raw_files(source: AmazonSource) -> list[str]:
 
 
 def read(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], recipe: Recipe, raw: Path
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], recipe: Recipe, raw: Path
 ) -> Samples:
     """Make the canonical tables.
 
@@ -58,7 +59,7 @@ def read(
 
 
 def load_tables(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: AmazonSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: AmazonSource
 ) -> dict[str, int]:
     """Tables ``reviews`` and ``products`` (one row per product; empty without metadata) as the raw files say it.
 

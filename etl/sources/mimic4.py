@@ -7,8 +7,9 @@ the canonical tables. All joins run in DuckDB; of chart events only the rows of 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, cast_number
+from etl.ingest import cast_number
 from etl.quarantine import Quarantine, column
+from etl.raw import RawTable
 from etl.recipe import MimicSource, Recipe
 from etl.sources.mimic import cohort, documents, series
 from etl.sources.mimic.tables import count
@@ -27,7 +28,7 @@ def raw_files(source: MimicSource) -> list[str]:
 
 
 def read(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], recipe: Recipe, raw: Path
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], recipe: Recipe, raw: Path
 ) -> Samples:
     """Make the canonical tables.
 

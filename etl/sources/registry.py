@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from etl.ingest import RawFile
 from etl.quarantine import Quarantine
+from etl.raw import RawTable
 from etl.recipe import Recipe
 from etl.sources import amazon2018, mimic4, table
 from etl.sources.samples import Samples
@@ -21,7 +21,7 @@ class Source(Protocol):
         ...
 
     def read(
-        self, con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], recipe: Recipe, raw: Path
+        self, con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], recipe: Recipe, raw: Path
     ) -> Samples:
         """Make the canonical tables (see `etl.sources.samples`)."""
         ...

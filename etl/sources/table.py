@@ -4,67 +4,181 @@ import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, cast_number, load
+from etl.ingest import cast_number, column_names, load
 from etl.quarantine import Quarantine, column, literal
-from etl.recipe import Recipe, TableSource
+from etl.raw import RawTable
+from etl.recipe import Recipe, SeriesTable, TableSource
+from etl.sources import table_series
 from etl.sources.samples import Samples
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 
+def as_list(value: "str | list[str] | None") -> list[str]:
+    """One or many as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def series_tables(source: TableSource) -> list[SeriesTable]:
+    """The series tables of a source."""
+    return source.series if isinstance(source.series, list) else [source.series] if source.series else []
+
+
 def raw_files(source: TableSource) -> list[str]:
-    """Raw files that the source reads."""
+    """Raw tables that the source reads."""
     side = [source.text.table] if source.text and source.text.table else []
-    return [source.main, *side, *([source.series.table] if source.series else [])]
+    names = [*as_list(source.main), *(j.table for j in source.join), *side, *(s.table for s in series_tables(source))]
+    return list(dict.fromkeys(names))
 
 
 def read(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], recipe: Recipe, raw: Path
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], recipe: Recipe, raw: Path
 ) -> Samples:
     """Make the canonical tables.
 
     Raises:
-        ValueError: a missing column.
+        ValueError: a missing column, or one that two tables have.
     """
     source = recipe.source
     assert isinstance(source, TableSource)
     numeric = list(recipe.tabular.numeric or []) if recipe.tabular else []
     categorical = list(recipe.tabular.categorical or []) if recipe.tabular else []
-    own_text = source.text.columns if source.text and not source.text.table and recipe.text else []
-    fields = [f for _, f, _, _ in string.Formatter().parse(source.image or "") if f] if recipe.image else []
-    named = [source.id, source.group, source.label, *numeric, *categorical, *own_text, *fields]
-    columns = list(dict.fromkeys(name for name in named if name))
-    counts = {f"rows of {source.main}": load(con, quarantine, files[source.main], "main", columns)}
+    counts = _load_main(con, quarantine, files, source, _main_columns(source, recipe, numeric, categorical))
+    counts |= _keep(con, source)
     counts |= _unique_ids(con, quarantine, source)
+    for side in source.join:
+        counts |= _join(con, quarantine, files, side.table, side.on, side.id or side.on, side.columns)
     selected = _columns(con, quarantine, source, recipe, numeric, categorical)
     con.execute(f"create table samples as select {', '.join(selected)}, _file, _row from main")
+    con.execute("drop table main")
     if source.text and source.text.table and recipe.text:
         counts |= _join_text(con, quarantine, files, source)
-    counts |= _read_series(con, quarantine, files, recipe)
-    labels = [
-        row[0]
-        for row in con.execute("select distinct label from samples where label is not null order by 1").fetchall()
-    ]
-    return Samples(numeric, categorical, labels, source.group or source.id, counts)
+    if recipe.image:
+        counts["images named"] = _count(con, "samples where image is not null")
+    tables = series_tables(source) if recipe.timeseries else []
+    counts |= table_series.read(con, quarantine, files, tables)
+    rows = con.execute("select distinct label from samples where label is not null order by 1").fetchall()
+    group = source.group or ", ".join(as_list(source.id))
+    return Samples(numeric, categorical, [row[0] for row in rows], group, counts)
+
+
+def _count(con: "DuckDBPyConnection", what: str) -> int:
+    return con.execute(f"select count(*) from {what}").fetchall()[0][0]
+
+
+def _main_columns(source: TableSource, recipe: Recipe, numeric: list[str], categorical: list[str]) -> list[str]:
+    """Columns that the main tables must have: all that are named, less what is joined."""
+    text = source.text.columns if source.text and not source.text.table and recipe.text else []
+    fields = [f for _, f, _, _ in string.Formatter().parse(source.image or "") if f] if recipe.image else []
+    named = [*as_list(source.id), source.group, source.label, *numeric, *categorical, *text, *fields]
+    joined = [name for side in source.join for name in side.columns]
+    twice = [name for name in joined if joined.count(name) > 1]
+    if twice:
+        raise ValueError(f"source.join: the column {twice[0]!r} is joined twice")
+    own = [name for name in named if name and name not in joined]
+    return list(dict.fromkeys([*own, *source.keep, *(side.on for side in source.join)]))
+
+
+def _load_main(
+    con: "DuckDBPyConnection",
+    quarantine: Quarantine,
+    files: dict[str, RawTable],
+    source: TableSource,
+    columns: list[str],
+) -> dict[str, int]:
+    names = as_list(source.main)
+    if len(names) == 1:
+        return {f"rows of {names[0]}": load(con, quarantine, files[names[0]], "main", columns)}
+    there = {
+        name: {c for file in files[name].files if not file.broken for c in column_names(con, file)} for name in names
+    }
+    for name in columns:
+        if not any(name in found for found in there.values()):
+            known = ", ".join(sorted(set().union(*there.values())))
+            raise ValueError(f"{', '.join(names)}: no column {name!r}; there are {known}")
+    counts = {}
+    for i, name in enumerate(names):
+        own = [c for c in columns if c in there[name]]
+        other = tuple(c for c in columns if c not in there[name])
+        counts[f"rows of {name}"] = load(con, quarantine, files[name], f"main_{i}", own, other)
+    parts = " union all by name ".join(f"from main_{i}" for i in range(len(names)))
+    con.execute(f"create table main as {parts}")
+    for i in range(len(names)):
+        con.execute(f"drop table main_{i}")
+    return counts
+
+
+def _keep(con: "DuckDBPyConnection", source: TableSource) -> dict[str, int]:
+    """Leave out the rows whose column has none of the values wanted."""
+    counts = {}
+    for name, values in source.keep.items():
+        known = ", ".join(literal(value) for value in values if value is not None) or "null"
+        kept = f"coalesce({column(name)} in ({known}), false){f' or {column(name)} is null' if None in values else ''}"
+        before = _count(con, "main")
+        con.execute(f"delete from main where not ({kept})")
+        counts[f"left out by keep: {name}"] = before - _count(con, "main")
+    return counts
+
+
+def key_sql(names: list[str]) -> str:
+    """SQL for an id of one or several columns; null where none is there."""
+    return column(names[0]) if len(names) == 1 else f"nullif(concat_ws('|', {', '.join(map(column, names))}), '')"
 
 
 def _unique_ids(con: "DuckDBPyConnection", quarantine: Quarantine, source: TableSource) -> dict[str, int]:
     """Rows without an id, and later rows of an id that was there before, are set aside."""
-    key = column(source.id)
+    part = as_list(source.main)[0]
+    con.execute("alter table main add column _id varchar")
+    con.execute(f"update main set _id = {key_sql(as_list(source.id))}")
     quarantine.add(
-        source.main,
-        f"select _file as file, _row as line, 'no id' as reason, null as raw from main where {key} is null",
+        part, "select _file as file, _row as line, 'no id' as reason, null as raw from main where _id is null"
     )
-    con.execute(f"delete from main where {key} is null")
-    later = (
-        f"select _file, _row, {key} as id from main qualify row_number() over (partition by {key} order by _row) > 1"
-    )
-    n = quarantine.add(
-        source.main, f"select _file as file, _row as line, 'duplicate id' as reason, id as raw from ({later})"
-    )
-    con.execute(f"delete from main where _row in (select _row from ({later}))")
+    con.execute("delete from main where _id is null")
+    n = _set_aside_later(con, quarantine, part, "main", "_id")
     return {"duplicates": n}
+
+
+def _set_aside_later(con: "DuckDBPyConnection", quarantine: Quarantine, part: str, table: str, key: str) -> int:
+    """Set aside and delete all but the first row of each key."""
+    con.execute(
+        f"create temp table later as select rowid as later_id, _file, _row, {column(key)} as id from {table} "
+        f"qualify row_number() over (partition by {column(key)} order by _file, _row) > 1"
+    )
+    reason = "select _file as file, _row as line, 'duplicate id' as reason, id as raw from later"
+    n = quarantine.add(part, reason)
+    con.execute(f"delete from {table} where rowid in (select later_id from later)")
+    con.execute("drop table later")
+    return n
+
+
+def _join(
+    con: "DuckDBPyConnection",
+    quarantine: Quarantine,
+    files: dict[str, RawTable],
+    name: str,
+    on: str,
+    key: str,
+    columns: list[str],
+) -> dict[str, int]:
+    """Add the columns of a side table to ``main``."""
+    n = load(con, quarantine, files[name], "side", list(dict.fromkeys([key, *columns])))
+    quarantine.add(
+        name,
+        f"select _file as file, _row as line, 'no id' as reason, null as raw from side where {column(key)} is null",
+    )
+    con.execute(f"delete from side where {column(key)} is null")
+    _set_aside_later(con, quarantine, name, "side", key)
+    picked = ", ".join(f"side.{column(c)}" for c in columns if c != on)
+    con.execute(
+        f"create table joined as select main.*{', ' + picked if picked else ''} from main left join side "
+        f"on main.{column(on)} = side.{column(key)}"
+    )
+    matched = _count(con, f"main where {column(on)} in (select {column(key)} from side)")
+    con.execute("drop table main")
+    con.execute("drop table side")
+    con.execute("alter table joined rename to main")
+    return {f"rows of {name}": n, f"rows joined with {name}": matched}
 
 
 def _columns(
@@ -75,20 +189,26 @@ def _columns(
     numeric: list[str],
     categorical: list[str],
 ) -> list[str]:
+    part = as_list(source.main)[0]
     text = "null::varchar"
     if source.text and not source.text.table and recipe.text:
         text = f"nullif(trim(concat_ws(' ', {', '.join(map(column, source.text.columns))})), '')"
     return [
-        f"{column(source.id)} as row_id",
-        f"coalesce({column(source.group)}, {column(source.id)}) as grp"
-        if source.group
-        else f"{column(source.id)} as grp",
+        "_id as row_id",
+        f"{_group(source)} as grp",
         f"{column(source.label)} as label" if source.label else "null::varchar as label",
         f"{text} as text",
         f"{_template(source.image)} as image" if source.image and recipe.image else "null::varchar as image",
-        *(f"{cast_number(con, quarantine, source.main, 'main', name)} as {column(f'n:{name}')}" for name in numeric),
+        *(f"{cast_number(con, quarantine, part, 'main', name)} as {column(f'n:{name}')}" for name in numeric),
         *(f"{column(name)} as {column(f'c:{name}')}" for name in categorical),
     ]
+
+
+def _group(source: TableSource) -> str:
+    if not source.group:
+        return "_id"
+    named = column(source.group)
+    return f"coalesce({f'left({named}, {source.group_chars})' if source.group_chars else named}, _id)"
 
 
 def _template(template: str) -> str:
@@ -101,57 +221,21 @@ def _template(template: str) -> str:
 
 
 def _join_text(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: TableSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: TableSource
 ) -> dict[str, int]:
     assert source.text
     assert source.text.table
-    name, key = source.text.table, source.text.id or source.id
-    n = load(con, quarantine, files[name], "texts", [key, *source.text.columns])
+    name, key = source.text.table, as_list(source.text.id or source.id)
+    n = load(con, quarantine, files[name], "texts", list(dict.fromkeys([*key, *source.text.columns])))
     text = f"nullif(trim(concat_ws(' ', {', '.join(map(column, source.text.columns))})), '')"
-    con.execute(f"create table side as select {column(key)} as row_id, {text} as text, _file, _row from texts")
-    known = "row_id in (select row_id from samples)"
+    con.execute(f"create table side as select {key_sql(key)} as row_id, {text} as text, _file, _row from texts")
+    unknown = "row_id is null or row_id not in (select row_id from samples)"
     quarantine.add(
-        name,
-        f"select _file as file, _row as line, 'unknown id' as reason, row_id as raw from side where not coalesce({known}, false)",
+        name, f"select _file as file, _row as line, 'unknown id' as reason, row_id as raw from side where {unknown}"
     )
-    later = f"select * from side where {known} qualify row_number() over (partition by row_id order by _row) > 1"
-    quarantine.add(name, f"select _file as file, _row as line, 'duplicate id' as reason, row_id as raw from ({later})")
-    con.execute(
-        "update samples set text = side.text from (select * from side qualify row_number() over "
-        "(partition by row_id order by _row) = 1) side where side.row_id = samples.row_id"
-    )
+    con.execute(f"delete from side where {unknown}")
+    _set_aside_later(con, quarantine, name, "side", "row_id")
+    con.execute("update samples set text = side.text from side where side.row_id = samples.row_id")
+    con.execute("drop table side")
+    con.execute("drop table texts")
     return {f"rows of {name}": n}
-
-
-def _read_series(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], recipe: Recipe
-) -> dict[str, int]:
-    source = recipe.source
-    assert isinstance(source, TableSource)
-    if source.series is None or recipe.timeseries is None:
-        con.execute("create table series (row_id varchar, time double, variable varchar, value double)")
-        return {}
-    s = source.series
-    n = load(con, quarantine, files[s.table], "long", [s.id, s.time, s.variable, s.value])
-    value = cast_number(con, quarantine, s.table, "long", s.value)
-    time = f"coalesce(try_cast({column(s.time)} as double), epoch(try_cast({column(s.time)} as timestamp)))"
-    con.execute(
-        f"create table points as select {column(s.id)} as row_id, {time} as time, {column(s.variable)} as variable, "
-        f"{value} as value, _file, _row from long"
-    )
-    bad = {
-        "unknown id": "not coalesce(row_id in (select row_id from samples), false)",
-        "no time": "time is null",
-        "no variable": "variable is null",
-    }
-    for reason, condition in bad.items():
-        quarantine.add(
-            s.table,
-            f"select _file as file, _row as line, {literal(reason)} as reason, row_id as raw from points where {condition}",
-        )
-        con.execute(f"delete from points where {condition}")
-    con.execute(
-        "create table series as select row_id, time, variable, value from points where value is not null "
-        "qualify row_number() over (partition by row_id, time, variable order by _row desc) = 1"
-    )
-    return {f"rows of {s.table}": n}

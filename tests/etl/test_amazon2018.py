@@ -186,7 +186,7 @@ def test_nothing_odd_is_silently_coerced(tmp_path: Path) -> None:
         "not a number: overall": 1,
         "not a number: vote": 1,
         "not a rating from 1 to 5": 2,
-        "not a time": 1,
+        "not a finite float32: unixReviewTime": 1,
         "not readable: style": 2,
         "no asin": 1,
         "no reviewerID": 1,

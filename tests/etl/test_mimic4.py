@@ -15,8 +15,9 @@ from PIL import Image
 from etl import recipe as recipes
 from etl.__main__ import main
 from etl.build import build
-from etl.ingest import connect, load, register
+from etl.ingest import connect, load
 from etl.quarantine import Quarantine
+from etl.raw import register
 from etl.sources.mimic.variables import benchmark_variables, itemids, layout
 from lanistr.manifest import Manifest, sample_key
 from lanistr.transforms import load_tokenizer, read_npy
@@ -167,7 +168,9 @@ PULSE = chart("01-03 13:00", 220045, "90", "90", "bpm")
 def test_a_filtered_read_stores_only_the_rows_asked_for_and_keeps_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "events.csv").write_text("itemid,value\n1,a\n2,b\n1,c\n3,d\n")
     con = connect(tmp_path)
-    n = load(con, Quarantine(con), register(tmp_path, "events.csv"), "t", ["value"], where="itemid in ('1', '3')")
+    n = load(
+        con, Quarantine(con), register(tmp_path, "events.csv"), "t", ["itemid", "value"], where="itemid in ('1', '3')"
+    )
     assert n == 3
     assert con.execute("select value, _row from t order by _row").fetchall() == [("a", 1), ("c", 3), ("d", 4)]
 

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, load
+from etl.ingest import load
 from etl.quarantine import Quarantine
+from etl.raw import RawTable
 from etl.recipe import MimicSource
 from etl.sources.mimic.tables import count, parse_times, set_aside
 
@@ -17,7 +18,7 @@ LABELS = ["survived", "died"]
 
 
 def read(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource
 ) -> dict[str, int]:
     """Make ``stays``; returns the flow of counts.
 
@@ -40,7 +41,7 @@ def read(
 
 
 def _load_stays(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource
 ) -> int:
     name = source.icustays
     columns = ["subject_id", "hadm_id", "stay_id", "first_careunit", "intime", "outtime"]
@@ -54,7 +55,7 @@ def _load_stays(
 
 
 def _load_admissions(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource
 ) -> None:
     name = source.admissions
     columns = ["hadm_id", "admittime", "edregtime", "deathtime", "hospital_expire_flag"]

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, load
+from etl.ingest import load
 from etl.quarantine import Quarantine, literal
+from etl.raw import RawTable
 from etl.recipe import MimicSource
 from etl.sources.mimic.tables import count, parse_times, set_aside
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def read_notes(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], name: str | None
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], name: str | None
 ) -> dict[str, int]:
     """Make ``notes``: note_id, subject_id, taken (charttime), known (storetime where there is one), text."""
     if name is None:
@@ -36,7 +37,7 @@ def read_notes(
 
 
 def read_images(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource
 ) -> dict[str, int]:
     """Make ``images``: image_id, subject_id, taken (StudyDate and StudyTime), path, of the views that the recipe names."""
     name = source.image_metadata

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from etl.ingest import RawFile, load
+from etl.ingest import load
 from etl.quarantine import Quarantine, literal
+from etl.raw import RawTable
 from etl.recipe import MimicSource
 from etl.sources.mimic.tables import count, parse_times, set_aside
 from etl.sources.mimic.variables import converted_number, itemids, make_tables, parsed_number
@@ -17,7 +18,7 @@ REACH = ""  # the variable of a point that only says how far the series reaches
 
 
 def read(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource
 ) -> dict[str, int]:
     """Make ``series`` from ``stays``; returns the flow of counts.
 
@@ -37,7 +38,7 @@ def read(
 
 
 def _locate(
-    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawFile], source: MimicSource, table: str
+    con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], source: MimicSource, table: str
 ) -> dict[str, int]:
     """Add a raw table's events that lie inside of a stay's window and were stored in time; returns the flow of counts."""
     name = getattr(source, table)
