@@ -316,3 +316,48 @@ def test_a_hopeless_recipe_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_truncated_file_stops_a_build_alone_is_set_aside_among_others_and_salvaged_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    table = b"id,n\n" + b"".join(b"%d,%d\n" % (i, i * i) for i in range(5000))
+    (raw / "t-1.csv.gz").write_bytes(gzip.compress(table)[:9000])
+    (raw / "t-2.csv.gz").write_bytes(gzip.compress(table.replace(b"\n", b"\nx")[:-1]))
+
+    def attempt(main_table: str, *flags: str) -> tuple[int, str]:
+        source = {"kind": "table", "main": main_table, "id": "id"}
+        tree = {"name": "hostile", "source": source, "tabular": {"numeric": ["n"]}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+        arguments = [
+            "build",
+            str(tmp_path / "r.yaml"),
+            "--raw",
+            str(raw),
+            "--lake",
+            str(tmp_path / "lake"),
+            "--workers",
+            "1",
+        ]
+        code = main([*arguments, *flags])
+        return code, capsys.readouterr().err
+
+    code, said = attempt("t-1.csv.gz")
+    assert code == 2
+    assert "t-1.csv.gz: truncated or corrupt gzip" in said.splitlines()[-1]
+    code, said = attempt("t-*.csv.gz")
+    assert code == 0
+    assert "quarantine: truncated or corrupt gzip: 1" in said
+    manifest = Manifest.load(tmp_path / "lake" / "gold" / "hostile")
+    assert (manifest.counts["rows of t-*.csv.gz"], manifest.quarantine) == (5000, {"truncated or corrupt gzip": 1})
+    code, said = attempt("t-1.csv.gz", "--salvage")
+    assert code == 0
+    manifest = Manifest.load(tmp_path / "lake" / "gold" / "hostile")
+    assert 500 < manifest.counts["rows of t-1.csv.gz"] < 5000
+    assert manifest.quarantine == {"truncated or corrupt gzip": 1, "cut off: the file breaks here": 1}
+    registered = pq.read_table(tmp_path / "lake" / "bronze" / "hostile" / "_files.parquet").to_pylist()
+    assert [(f["name"], f["rows"], bool(f["broken"])) for f in registered] == [
+        ("t-1.csv.gz", manifest.counts["rows of t-1.csv.gz"], True)
+    ]
