@@ -28,17 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--missing", type=_rates, default={}, metavar="image=0.5,series=0.4,...")
     synth.set_defaults(run=_synth)
-    init = commands.add_parser("init", help="guess a recipe from raw tables")
-    init.add_argument("files", nargs="+", type=Path, help="tables: csv, tsv, jsonl, parquet, each also .gz and .zst")
-    init.add_argument("--out", type=Path, help="recipe to write (default: print it)")
-    init.add_argument("--force", action="store_true", help="overwrite --out")
-    init.set_defaults(run=_init)
-
-    convert = commands.add_parser("convert", help="UEA .ts -> csv tables, .zip -> files")
-    convert.add_argument("files", nargs="+", type=Path)
-    convert.add_argument("--out", type=Path, required=True, help="folder")
-    convert.set_defaults(run=_convert)
-
+    _add_before_build(commands)
     build = commands.add_parser(
         "build",
         help="raw files -> bronze, silver, gold",
@@ -99,6 +89,19 @@ def _add_maintenance(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     index.add_argument("--size", type=_positive, default=224, help="pixels that the images are meant for")
     index.add_argument("--ignore", default="", metavar="txt,...", help="members to leave out")
     index.set_defaults(run=_index)
+
+
+def _add_before_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    init = commands.add_parser("init", help="guess a recipe from raw tables")
+    init.add_argument("files", nargs="+", type=Path, help="tables: csv, tsv, jsonl, parquet, each also .gz and .zst")
+    init.add_argument("--out", type=Path, help="recipe to write (default: print it)")
+    init.add_argument("--force", action="store_true", help="overwrite --out")
+    init.set_defaults(run=_init)
+
+    convert = commands.add_parser("convert", help="UEA .ts -> csv tables, .zip -> files")
+    convert.add_argument("files", nargs="+", type=Path)
+    convert.add_argument("--out", type=Path, required=True, help="folder")
+    convert.set_defaults(run=_convert)
 
 
 def _share(text: str) -> float:
