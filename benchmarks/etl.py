@@ -108,8 +108,9 @@ def photos_recipe() -> Recipe:
 
 
 def ingest(raw: Path, lake: Path, memory: int, threads: int) -> int:
-    from etl.ingest import connect, register
+    from etl.ingest import connect
     from etl.quarantine import Quarantine
+    from etl.raw import register
     from etl.sources.registry import SOURCES
 
     recipe, source = reviews_recipe(), SOURCES["amazon2018"]
