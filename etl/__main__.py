@@ -59,14 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_maintenance(commands)
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
+    verify.add_argument(
+        "--deep", action="store_true", help="also members, content across splits, the fit, the lake, and the leak probe"
+    )
     verify.set_defaults(run=_verify)
     stats = commands.add_parser("stats", help="splits, missingness, labels, lengths, lineage of a gold dataset")
     stats.add_argument("gold", type=Path)
+    _redaction(stats)
     stats.set_defaults(run=_stats)
     preview = commands.add_parser("preview", help="one self-contained page with sample cards and plots")
     preview.add_argument("gold", type=Path)
     preview.add_argument("--out", type=Path, required=True, help="HTML file")
     preview.add_argument("--cards", type=int, default=24, help="samples shown")
+    _redaction(preview)
     preview.set_defaults(run=_preview)
     return parser
 
@@ -102,6 +107,14 @@ def _add_before_build(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     convert.add_argument("files", nargs="+", type=Path)
     convert.add_argument("--out", type=Path, required=True, help="folder")
     convert.set_defaults(run=_convert)
+
+
+def _redaction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--redact",
+        action=argparse.BooleanOptionalAction,
+        help="hide texts, images and identifying values (default: where the dataset is private, as mimic4 is)",
+    )
 
 
 def _share(text: str) -> float:
@@ -228,13 +241,13 @@ def _index(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from etl.verify import verify
 
-    print("\n".join(verify(arguments.gold)))
+    print("\n".join(verify(arguments.gold, deep=arguments.deep)))
 
 
 def _stats(arguments: argparse.Namespace) -> None:
     from etl.stats import stats
 
-    print(stats(arguments.gold))
+    print(stats(arguments.gold, arguments.redact))
 
 
 def _preview(arguments: argparse.Namespace) -> None:
@@ -242,7 +255,7 @@ def _preview(arguments: argparse.Namespace) -> None:
 
     if arguments.cards < 0:
         raise ValueError(f"--cards {arguments.cards}: at least 0")
-    preview(arguments.gold, arguments.out, arguments.cards)
+    preview(arguments.gold, arguments.out, arguments.cards, arguments.redact)
     print(arguments.out)
 
 

@@ -105,6 +105,8 @@ def _finish(plan: Plan, reports: Sequence[Report], lake: Path, max_bad: float) -
         tokenizer=plan.tokenizer,
         labels=plan.labels,
         split_rule=plan.split_rule,
+        fit=plan.fit,
+        private=Recipe.model_validate(plan.recipe).is_private,
         shards=[shard for report in reports for shard in report.shards],
         quarantine=quarantine,
         counts=plan.counts,

@@ -3,7 +3,6 @@
 A dataset keeps its first fit (``lake/fit/<name>/``) until ``--refit``; ``fit_from`` takes another dataset's.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,15 +33,16 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Fit:
-    """Specs per modality, and the tokenizer where there is text."""
+    """Specs per modality, the tokenizer where there is text, and what both were made from (`Manifest.fit`)."""
 
     specs: dict[str, Strict]
     tokenizer: "Tokenizer | None"
+    origin: dict[str, str]
 
     def save(self, folder: Path) -> None:
         """Write ``fit.json`` and ``tokenizer.json``."""
         folder.mkdir(parents=True, exist_ok=True)
-        tree = {name: spec.model_dump() for name, spec in self.specs.items()}
+        tree = {"origin": self.origin, "specs": {name: spec.model_dump() for name, spec in self.specs.items()}}
         if self.tokenizer:
             (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
         (folder / "fit.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
@@ -64,8 +64,9 @@ def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: P
     if recipe.fit_from:
         return _from_gold(Path(recipe.fit_from), recipe, samples, raw)
     if kept and (kept / "fit.json").is_file():
-        fit = _load(kept / TOKENIZER, json.loads((kept / "fit.json").read_text(encoding="utf-8")))
-        _check(fit, recipe, samples, f"the fit kept in {kept}", "give --refit")
+        saved = json.loads((kept / "fit.json").read_text(encoding="utf-8"))
+        fit = _load(kept / TOKENIZER, saved["specs"], saved["origin"], recipe)
+        _check(fit, recipe, samples, raw, f"the fit kept in {kept}", "give --refit")
         return fit
     tokenizer = _tokenizer(con, recipe, raw)
     makers: dict[str, Callable[[], Strict]] = {
@@ -74,7 +75,19 @@ def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: P
         "tabular": lambda: _fit_tabular(con, recipe, samples),
         "timeseries": lambda: _fit_series(con, recipe, samples),
     }
-    return Fit({name: makers[name]() for name in recipe.modalities}, tokenizer)
+    return Fit({name: makers[name]() for name in recipe.modalities}, tokenizer, _origin(con, recipe))
+
+
+def _origin(con: "DuckDBPyConnection", recipe: Recipe) -> dict[str, str]:
+    """Which samples the fit is made from: how many, and the XOR of their keys (`etl.refit.train_digest`)."""
+    key = f"('0x' || left(sha256({literal(recipe.name + '|')} || grp || '|' || row_id), 16))::ubigint"
+    n, xor = con.execute(f"select count(*), bit_xor({key}) from samples where split = 'train'").fetchall()[0]
+    origin = {"from": "train", "train": f"{n}-{xor or 0:016x}"}
+    if recipe.text:
+        origin["tokenizer"] = "trained" if recipe.text.tokenizer.train else "given"
+        if recipe.text.max_chars:
+            origin["max_chars"] = str(recipe.text.max_chars)
+    return origin
 
 
 def _needed(tokenizer: "Tokenizer | None") -> "Tokenizer":
@@ -82,31 +95,38 @@ def _needed(tokenizer: "Tokenizer | None") -> "Tokenizer":
     return tokenizer
 
 
-def _load(tokenizer: Path | None, specs: dict[str, Any]) -> Fit:
+def _load(file: Path | None, specs: dict[str, Any], origin: dict[str, str], recipe: Recipe) -> Fit:
+    """A fit made earlier. What is chosen and not fitted (sizes, limits) is the recipe's."""
     parsed = {name: SPECS[spec["kind"]].model_validate(spec) for name, spec in specs.items()}
-    return Fit(parsed, load_tokenizer(tokenizer) if tokenizer and tokenizer.is_file() else None)
+    tokenizer = load_tokenizer(file) if file and file.is_file() else None
+    if recipe.image and "image" in parsed:
+        parsed["image"] = ImageSpec(**recipe.image.model_dump())
+    if recipe.text and "text" in parsed:
+        parsed["text"] = text_spec(_needed(tokenizer), recipe.text.max_tokens)
+    if recipe.timeseries and "timeseries" in parsed:
+        parsed["timeseries"] = parsed["timeseries"].model_copy(update={"max_steps": recipe.timeseries.max_steps})
+    return Fit(parsed, tokenizer, origin)
 
 
 def _from_gold(gold: Path, recipe: Recipe, samples: Samples, raw: Path) -> Fit:
     manifest = Manifest.load(gold)
     tokenizer = gold / manifest.tokenizer.file if manifest.tokenizer else None
-    fit = _load(tokenizer, {name: schema.spec for name, schema in manifest.modalities.items()})
-    missing = [name for name in recipe.modalities if name not in fit.specs]
+    specs = {name: schema.spec for name, schema in manifest.modalities.items()}
+    missing = [name for name in recipe.modalities if name not in specs]
     if missing:
-        raise ValueError(f"fit_from {gold}: that dataset has no {missing[0]}; it has {', '.join(fit.specs)}")
-    choice = recipe.text.tokenizer if recipe.text else None
-    if choice and choice.path and fit.tokenizer:
-        ours = load_tokenizer(raw / choice.path).to_str()
-        if hashlib.sha256(ours.encode()).digest() != hashlib.sha256(fit.tokenizer.to_str().encode()).digest():
-            raise ValueError(f"fit_from {gold}: its tokenizer differs from {choice.path}; leave out one of the two")
-    fit = Fit({name: fit.specs[name] for name in recipe.modalities}, fit.tokenizer)
-    _check(fit, recipe, samples, f"fit_from {gold}", "use the same columns")
+        raise ValueError(f"fit_from {gold}: that dataset has no {missing[0]}; it has {', '.join(specs)}")
+    origin = {"from": f"{manifest.name} {manifest.content_id[:16]}"}
+    fit = _load(tokenizer, {name: specs[name] for name in recipe.modalities}, origin, recipe)
+    _check(fit, recipe, samples, raw, f"fit_from {gold}", "use the same columns and tokenizer")
     return fit
 
 
-def _check(fit: Fit, recipe: Recipe, samples: Samples, whose: str, remedy: str) -> None:
+def _check(fit: Fit, recipe: Recipe, samples: Samples, raw: Path, whose: str, remedy: str) -> None:
     if list(fit.specs) != recipe.modalities:
         raise ValueError(f"{whose} has {', '.join(fit.specs)}; the recipe has {', '.join(recipe.modalities)}: {remedy}")
+    given = recipe.text.tokenizer.path if recipe.text else None
+    if given and fit.tokenizer and fit.tokenizer.to_str() != load_tokenizer(raw / given).to_str():
+        raise ValueError(f"{whose} has another tokenizer than {given}: {remedy}")
     spec = fit.specs.get("tabular")
     if isinstance(spec, TabularSpec):
         theirs = [c.name for c in spec.numeric], [c.name for c in spec.categorical]

@@ -37,6 +37,7 @@ class Plan(Strict):
     numeric: list[str]
     categorical: list[str]
     split_rule: dict[str, Any]
+    fit: dict[str, str]
     counts: dict[str, int]
     quarantine: dict[str, int]
     records: int

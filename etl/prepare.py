@@ -156,6 +156,7 @@ def _prepare(
         numeric=samples.numeric,
         categorical=samples.categorical,
         split_rule=split.rule(recipe.split, samples.group),
+        fit=fit.origin,
         counts=samples.counts,
         quarantine=reasons,
         records=quarantine.records,
@@ -179,8 +180,6 @@ def stop_if_dirty(reasons: Mapping[str, int], records: int, max_bad: float, work
 
 
 def _split_and_require(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> None:
-    con.execute("alter table samples add column split varchar")
-    con.execute(f"update samples set split = {split.split_sql('grp', recipe.split)}")
     conditions = {
         "text": "text is not null",
         "image": "image is not null",
@@ -189,6 +188,7 @@ def _split_and_require(con: "DuckDBPyConnection", recipe: Recipe, samples: Sampl
     }
     for name in recipe.require:
         con.execute(f"delete from samples where not ({conditions[name]})")
+    samples.counts.update(split.assign(con, recipe.split, samples.group))
     if not con.execute("select count(*) from samples").fetchall()[0][0]:
         raise ValueError(f"no sample is left; rows read: {samples.counts}, required: {recipe.require or 'nothing'}")
 

@@ -1,209 +1,206 @@
-"""One self-contained HTML page that shows a gold dataset: sample cards, missingness, labels, lengths, lineage.
+"""One self-contained HTML page that shows a gold dataset: sample cards, missingness, labels, values, leaks, lineage.
 
-The page needs no network and no script. It samples, so that its weight does not grow with the dataset. Text comes from
-the tokens (raw text is not stored), so what is shown is what the model sees.
+The page needs no network and no script, follows the reader's light or dark theme, and fits a narrow window. It samples
+(see `etl.summary`), so that its weight does not grow with the dataset.
 """
 
-import base64
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from etl.stats import read_indices, share
-from lanistr.manifest import SPLITS, Manifest
-from lanistr.transforms import FIRST_KNOWN_ID, MISSING_ID, UNSEEN_ID, SeriesSpec, TabularSpec, load_tokenizer, read_npy
+from etl.cards import cards
+from etl.stats import share
+from etl.summary import Categories, Numbers, Summary
+from lanistr.manifest import SPLITS
 
-COLOURS = ("#1f5fa8", "#c4561c", "#2e7d4f", "#7a4fa3")
+MAX_BINS = 24
+MAX_PATTERNS = 16
 
 
-def preview(gold: Path, out: Path, cards: int = 24) -> None:
+def preview(gold: Path, out: Path, n_cards: int = 24, redact: bool | None = None) -> None:
     """Write the page.
 
     Args:
         gold: dataset.
         out: HTML file, written atomically.
-        cards: samples shown, spread over the missingness patterns.
+        n_cards: samples shown, spread over the missingness patterns.
+        redact: see `etl.summary.Summary`.
 
     Raises:
         ValueError: not a gold dataset.
     """
-    manifest = Manifest.load(gold)
-    samples = read_indices(gold, manifest)
+    summary = Summary(gold, redact)
+    manifest = summary.manifest
     style = (files("etl") / "preview.css").read_text(encoding="utf-8")
     title = escape(manifest.name)
+    hidden = "<p class=note>Texts, images and identifying values are hidden; --no-redact shows them.</p>"
     body = [
-        f"<h1>{title}</h1><p class=sub>{samples.height:,} samples, content {manifest.content_id[:16]}</p>",
-        section("Which modalities are there", missingness(samples, manifest)),
-        section("Labels per split", labels(samples, manifest)) if manifest.labels else "",
-        section("Lengths where present", lengths(samples, manifest)),
-        section("Samples", "<div class=cards>" + "".join(_cards(gold, manifest, samples, cards)) + "</div>"),
+        f"<h1>{title}</h1><p class=sub>{_subtitle(summary)}</p>{hidden if summary.redact else ''}",
+        section("Which modalities are there", missingness(summary)),
+        section("Labels per split", labels(summary)) if manifest.labels else "",
+        section("What predicts the label by itself", leaks(summary)) if manifest.labels else "",
+        section("Lengths", lengths(summary)),
+        section("Values", values(summary.columns)),
+        section("Samples", f"<div class=cards>{''.join(cards(summary, n_cards))}</div>"),
         section("Quarantine", rows_table(("reason", "records"), manifest.quarantine)),
         section("Rows at each stage", rows_table(("stage", "rows"), manifest.counts)),
-        section("Lineage", rows_table(("raw file", "sha256"), {p["file"]: p["sha256"] for p in manifest.parents})),
+        section("Lineage", rows_table(("what", ""), dict(summary.lineage))),
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{style}</style>{''.join(body)}</html>"
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<meta name=color-scheme content='light dark'><title>{title}</title>"
+        f"<style>{style}</style><main>{''.join(body)}</main></html>"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out)
 
 
+def _subtitle(summary: Summary) -> str:
+    parts = [f"{split} {summary.manifest.n(split):,}" for split in SPLITS]
+    size = sum(shard.bytes for shard in summary.manifest.shards) / 2**20
+    return f"{summary.n:,} samples ({', '.join(parts)}), {size:,.1f} MiB, content {summary.manifest.content_id[:16]}"
+
+
 def section(title: str, content: str) -> str:
-    """A titled part of the page."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+    """A titled part of the page, which scrolls sideways by itself where it is too wide."""
+    return f"<section><h2>{escape(title)}</h2><div class=wide>{content}</div></section>"
 
 
 def rows_table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     """Two columns."""
     cells = "".join(
-        f"<tr><td>{escape(str(k))}<td>{f'{v:,}' if isinstance(v, int) else escape(str(v))}" for k, v in rows.items()
+        f"<tr><td>{escape(str(k))}<td class={'num' if isinstance(v, int) else 'text'}>"
+        f"{f'{v:,}' if isinstance(v, int) else escape(str(v))}"
+        for k, v in rows.items()
     )
     return f"<table><tr><th>{head[0]}<th>{head[1]}{cells}</table>" if rows else "<p class=sub>none</p>"
 
 
-def missingness(samples: pl.DataFrame, manifest: Manifest) -> str:
-    """The most frequent presence patterns as dots, each with its bar (after UpSet, Lex et al. 2014)."""
-    counts = samples.group_by("presence").len().sort(["len", "presence"], descending=[True, False]).head(16)
-    names = list(manifest.modalities)
-    most = counts["len"].max()
-    head = "".join(f"<th>{escape(name)}" for name in names)
+def missingness(summary: Summary) -> str:
+    """Presence patterns as joined dots, each with its bar, and how often each modality is there (after UpSet, Lex 2014)."""
+    manifest, names = summary.manifest, list(summary.manifest.modalities)
+    most = summary.patterns[0][1]
     rows = []
-    for mask, n in counts.iter_rows():
-        dots = "".join(f"<td class={'on' if mask & manifest.bit(name) else 'off'}>&#9679;" for name in names)
-        rows.append(f"<tr>{dots}<td class=num>{n:,}<td class=num>{share(n, samples.height)}<td>{bar(n / most, 0)}")
-    missing = "".join(
-        f"<td class=num>{share(samples.filter((pl.col('presence') & manifest.bit(n)) == 0).height, samples.height)}"
-        for n in names
-    )
-    return (
-        f"<table class=upset><tr>{head}<th>samples<th><th>{''.join(rows)}<tr class=total>{missing}<td>missing</table>"
-    )
+    for mask, n in summary.patterns[:MAX_PATTERNS]:
+        dots = "".join(_dot(mask, i, len(names)) for i in range(len(names)))
+        rows.append(f"<tr>{dots}<td class=num>{n:,}<td class=num>{share(n, summary.n)}<td>{bar(n / most, 0)}")
+    if len(summary.patterns) > MAX_PATTERNS:
+        rest = sum(n for _, n in summary.patterns[MAX_PATTERNS:])
+        more = len(summary.patterns) - MAX_PATTERNS
+        rows.append(f"<tr><td colspan={len(names)} class=sub>{more} more<td class=num>{rest:,}<td class=num>")
+    head = "".join(f"<th>{escape(name)}" for name in names)
+    there = "".join(f"<td>{_level(summary.present(name) / max(summary.n, 1))}" for name in names)
+    assert len(manifest.modalities) == len(names)
+    return f"<table class=upset><tr>{head}<th>samples<th><th><tr class=total>{there}<td colspan=3 class=left>present{''.join(rows)}</table>"
+
+
+def _dot(mask: int, i: int, n: int) -> str:
+    """A cell of the matrix; a line joins the first to the last modality that is there."""
+    here = [bit for bit in range(n) if mask >> bit & 1]
+    on = i in here
+    line = ""
+    if len(here) > 1 and here[0] <= i <= here[-1]:
+        line = " from" if i == here[0] else " to" if i == here[-1] else " through"
+    return f"<td class='{'on' if on else 'off'}{line}' title={'present' if on else 'absent'}><i></i>"
+
+
+def _level(fraction: float) -> str:
+    return f"<span class=level><span class=f0 style='width:{100 * fraction:.1f}%'></span></span>{fraction:.1%}"
 
 
 def bar(fraction: float, colour: int) -> str:
-    """A horizontal bar of at most 220 px."""
-    return f"<span class=bar style='width:{220 * fraction:.1f}px;background:{COLOURS[colour % len(COLOURS)]}'></span>"
+    """A horizontal bar of at most 14 em."""
+    return f"<span class='bar f{colour % 4}' style='width:{14 * fraction:.2f}em'></span>"
 
 
-def labels(samples: pl.DataFrame, manifest: Manifest) -> str:
-    """Share of every class in every split."""
-    names = [*manifest.labels, "(unlabelled)"]
+def labels(summary: Summary) -> str:
+    """Count and share of every class in every split."""
+    totals = [sum(counts[i] for _, counts in summary.labels) for i in range(len(SPLITS))]
     rows = []
-    for label, name in enumerate(names):
-        index = label if label < len(manifest.labels) else -1
-        cells = ""
-        for i, split in enumerate(SPLITS):
-            part = samples.filter(pl.col("split") == split)
-            n = part.filter(pl.col("label") == index).height
-            cells += f"<td class=num>{n:,}<td>{bar(n / max(part.height, 1), i)}"
-        rows.append(f"<tr><td>{escape(name)}{cells}")
-    head = "".join(f"<th>{split}<th>" for split in SPLITS)
-    return f"<table><tr><th>label{head}{''.join(rows)}</table>"
-
-
-def lengths(samples: pl.DataFrame, manifest: Manifest) -> str:
-    """Histograms of tokens and steps; a modality of constant length is a line of text."""
-    parts = []
-    for i, (name, schema) in enumerate(manifest.modalities.items()):
-        found = samples[f"length/{name}"].filter(samples[f"length/{name}"] > 0).to_numpy()
-        if schema.kind in ("image", "tabular") or not len(found):
+    for name, counts in summary.labels:
+        if name == "(unlabelled)" and not any(counts):
             continue
-        counts, edges = np.histogram(found, bins=min(24, int(np.ptp(found)) + 1))
-        parts.append(f"<figure>{_columns(counts, i)}<figcaption>{escape(name)}: {found.min()} to {found.max()}, ")
-        parts.append(f"median {np.median(found):.0f} ({len(edges) - 1} bins)</figcaption></figure>")
-    return "".join(parts) or "<p class=sub>every sample has the same length</p>"
+        parts = [(n, of, i) for i, (n, of) in enumerate(zip(counts, totals, strict=True))]
+        cells = "".join(
+            f"<td class=num>{n:,}<td class=num>{share(n, of)}<td>{bar(n / max(of, 1) / 2, i)}" for n, of, i in parts
+        )
+        rows.append(f"<tr><td>{escape(name)}{cells}")
+    head = "".join(f"<th colspan=3>{split}" for split in SPLITS)
+    return f"<table class=labels><tr><th>label{head}{''.join(rows)}</table>"
 
 
-def _columns(counts: np.ndarray, colour: int) -> str:
-    width, height = 300 / len(counts), 80
-    rects = "".join(
-        f"<rect x={i * width:.1f} y={height - height * n / counts.max():.1f} width={width - 1:.1f} "
-        f"height={height * n / counts.max():.1f} fill='{COLOURS[colour % len(COLOURS)]}'/>"
+def leaks(summary: Summary) -> str:
+    """Findings of the leak probe, as questions."""
+    found = [leak.redacted() if summary.redact else leak for leak in summary.leaks]
+    if not found:
+        return "<p class=sub>No single column, value or phrase predicts a class suspiciously well.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(leak.what)}<td>{escape(leak.label)}<td class=text>{escape(leak.evidence)}" for leak in found
+    )
+    intro = "<p class=sub>Is each of these known when the prediction is made, and meant to be used?</p>"
+    return f"{intro}<table><tr><th>feature<th>label<th>evidence{rows}</table>"
+
+
+def lengths(summary: Summary) -> str:
+    """Histograms of tokens and steps."""
+    parts = []
+    for i, (name, schema) in enumerate(summary.manifest.modalities.items()):
+        found = summary.lengths(name)
+        if schema.kind not in ("image", "tabular") and len(found):
+            unit = {"text": "tokens", "timeseries": "steps"}.get(schema.kind, "")
+            parts.append(figure(f"{name}, {unit}", found, i, f"{len(found):,} samples"))
+    return f"<div class=plots>{''.join(parts)}</div>" if parts else "<p class=sub>no text, no series</p>"
+
+
+def values(columns: Iterable[Numbers | Categories]) -> str:
+    """A small plot per column and channel."""
+    parts = []
+    for column in columns:
+        note = f"{column.missing:.1%} missing"
+        if isinstance(column, Categories):
+            parts.append(_categories(column, note))
+        elif len(column.values):
+            parts.append(figure(column.name, column.values, 2, note))
+        else:
+            parts.append(f"<figure><figcaption><b>{escape(column.name)}</b> {note}</figcaption></figure>")
+    return f"<div class=plots>{''.join(parts)}</div>" if parts else "<p class=sub>no table, no series</p>"
+
+
+def figure(name: str, found: np.ndarray, colour: int, note: str) -> str:
+    """A histogram. Bins cover 1 % to 99 % of the values, so that one odd value does not hide the others."""
+    low, high = np.quantile(found, (0.01, 0.99), method="nearest").astype(float)
+    if high <= low:
+        low, high = float(found.min()), float(found.max())
+    whole = bool((found % 1 == 0).all())
+    bins = min(MAX_BINS, int(high - low) + 1) if whole else MAX_BINS
+    counts, _ = np.histogram(np.clip(found, low, high), bins=bins, range=(low, high) if high > low else None)
+    width, height = 240 / len(counts), 70
+    most = counts.max()
+    bars = "".join(
+        f"<rect x={i * width:.1f} y={height - height * n / most:.1f} width={max(width - 1, 0.5):.1f} "
+        f"height={height * n / most:.1f} />"
         for i, n in enumerate(counts)
     )
-    return f"<svg width=300 height={height} role=img>{rects}</svg>"
+    span = f"{found.min():.6g} to {found.max():.6g}, median {np.median(found):.6g}"
+    return (
+        f"<figure><svg viewBox='0 0 240 {height}' class=f{colour % 4} role=img aria-label='{escape(name, quote=True)}: {span}'>"
+        f"{bars}</svg><figcaption><b>{escape(name)}</b> {span}; {note}</figcaption></figure>"
+    )
 
 
-def _cards(gold: Path, manifest: Manifest, samples: pl.DataFrame, wanted: int) -> Iterator[str]:
-    """Cards of samples that come from every pattern in turn, the most frequent first, in the order of their keys."""
-    turn = pl.int_range(pl.len()).over("presence")
-    frequency = pl.len().over("presence")
-    chosen = samples.sort("key").with_columns(turn=turn, frequency=frequency)
-    chosen = chosen.sort(["turn", "frequency", "presence"], descending=[False, True, False]).head(wanted)
-    tokenizer = load_tokenizer(gold / manifest.tokenizer.file) if manifest.tokenizer else None
-    draw = {"text": _text, "image": _image, "tabular": _tabular, "timeseries": _series}
-    for row in chosen.iter_rows(named=True):
-        label = manifest.labels[row["label"]] if row["label"] >= 0 else "unlabelled"
-        parts = []
-        for name, schema in manifest.modalities.items():
-            if not row["presence"] & manifest.bit(name):
-                parts.append(f"<p class=absent>no {escape(name)}</p>")
-                continue
-            members = {member: _member(gold / row["shard"], row, member) for member in schema.members}
-            parts.append(draw[schema.kind](members, schema.spec, tokenizer))
-        head = f"<h3>{row['key']}</h3><p class=sub>{row['split']}, {escape(label)}</p>"
-        yield f"<article>{head}{''.join(parts)}</article>"
-
-
-def _member(shard: Path, row: Mapping[str, Any], member: str) -> bytes:
-    with open(shard, "rb") as file:
-        file.seek(row[f"offset/{member}"])
-        return file.read(row[f"size/{member}"])
-
-
-def _text(members: Mapping[str, bytes], _: Mapping[str, Any], tokenizer: Any) -> str:
-    ids = read_npy(members["tok.npy"]).tolist()
-    text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
-    return f"<p class=text>{escape(text[:400])}{'&hellip;' if len(text) > 400 else ''}</p>"
-
-
-def _image(members: Mapping[str, bytes], _: Mapping[str, Any], __: Any) -> str:
-    encoded = base64.b64encode(members["jpg"]).decode()
-    return f"<img alt='' src='data:image/jpeg;base64,{encoded}'>"
-
-
-def _tabular(members: Mapping[str, bytes], spec: Mapping[str, Any], _: Any) -> str:
-    columns = TabularSpec.model_validate(spec)
-    row = read_npy(members["tab.npy"]).tolist()
-    cells = {c.name: "&ndash;" if np.isnan(v) else f"{v:g}" for c, v in zip(columns.numeric, row, strict=False)}
-    for column, value in zip(columns.categorical, row[len(columns.numeric) :], strict=True):
-        cells[column.name] = _category(value, column.values)
-    lines = "".join(f"<tr><td>{escape(name)}<td>{value}" for name, value in cells.items())
-    return f"<table class=row>{lines}</table>"
-
-
-def _category(value: float, values: Sequence[str]) -> str:
-    if np.isnan(value) or int(value) == MISSING_ID:
-        return "&ndash;"
-    position = int(value) - FIRST_KNOWN_ID
-    if int(value) == UNSEEN_ID:
-        return "(unseen)"
-    return escape(values[position][:40]) if position < len(values) else f"(bucket {position - len(values)})"
-
-
-def _series(members: Mapping[str, bytes], spec: Mapping[str, Any], _: Any) -> str:
-    """At most four variables, each scaled to its own range; gaps stay gaps."""
-    series = SeriesSpec.model_validate(spec)
-    values, observed = read_npy(members["ts.npy"]), read_npy(members["tsmask.npy"]).astype(bool)
-    lines, legend = [], []
-    for channel, name in enumerate(series.variables[:4]):
-        seen = np.flatnonzero(observed[:, channel])
-        if not len(seen):
-            continue
-        y = values[seen, channel]
-        y = 54 - 48 * (y - y.min()) / (np.ptp(y) or 1)
-        x = 4 + 252 * seen / max(len(values) - 1, 1)
-        colour = COLOURS[channel]
-        runs = np.split(np.arange(len(seen)), np.flatnonzero(np.diff(seen) > 1) + 1)
-        for run in runs:
-            points = " ".join(f"{x[i]:.1f},{y[i]:.1f}" for i in run)
-            dot = f"<circle cx={x[run[0]]:.1f} cy={y[run[0]]:.1f} r=1.5 fill='{colour}'/>" if len(run) == 1 else ""
-            lines.append(dot or f"<polyline points='{points}' fill=none stroke='{colour}' stroke-width=1.3 />")
-        legend.append(f"<span style='color:{colour}'>{escape(name)}</span>")
-    return f"<svg width=260 height=60 role=img>{''.join(lines)}</svg><p class=legend>{' '.join(legend)}</p>"
+def _categories(column: Categories, note: str) -> str:
+    most = max((part for _, part in column.top), default=1)
+    rows = "".join(
+        f"<tr><td>{escape(value[:28])}<td class=num>{part:.1%}<td><span class='bar f3' style='width:{6 * part / most:.2f}em'></span>"
+        for value, part in column.top
+    )
+    known = f"{column.known:,} values" + (f" and {column.buckets:,} buckets" if column.buckets else "")
+    unseen = f", {column.unseen:.1%} unseen" if column.unseen else ""
+    return f"<figure><table class=top>{rows}</table><figcaption><b>{escape(column.name)}</b> {known}; {note}{unseen}</figcaption></figure>"

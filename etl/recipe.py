@@ -8,6 +8,7 @@ an error that names the nearest known one.
 import difflib
 import string
 from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -278,19 +279,66 @@ class SeriesRecipe(Strict):
     max_steps: int = Field(default=512, ge=1)
 
 
+class TimeCut(Strict):
+    """Where a time split cuts: a group whose latest sample is before ``val`` is train, before ``test`` val, else test.
+
+    Dates (``2016-01-01``, in UTC), or numbers of the unit of the source's time.
+    """
+
+    val: float
+    test: float
+
+    @field_validator("val", "test", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime(value.year, value.month, value.day)
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        return value
+
+    @model_validator(mode="after")
+    def _order(self) -> "TimeCut":
+        if not self.val <= self.test:
+            raise ValueError("val starts after test")
+        return self
+
+
 class Split(Strict):
-    """Shares of the groups (not of the samples) per split; ``salt`` draws another split."""
+    """Who is in train, val and test; see `etl.split` for the rules.
+
+    Attributes:
+        salt: draws another split.
+        train, val, test: shares of the groups, not of the samples.
+        stratify: cut these shares within each label.
+        time: cut by time instead; needs a source with times.
+        near_duplicates: groups with texts of at least this Jaccard similarity share a split.
+    """
 
     salt: str = "lanistr"
     train: float = Field(default=0.8, gt=0, le=1)
     val: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.1, ge=0, lt=1)
+    stratify: bool = False
+    time: TimeCut | None = None
+    near_duplicates: float | None = Field(default=None, gt=0.3, le=1)
+
+    @property
+    def method(self) -> Literal["hash", "stratified", "time"]:
+        """The name of the rule."""
+        return "time" if self.time else "stratified" if self.stratify else "hash"
 
     @model_validator(mode="after")
     def _sum(self) -> "Split":
         total = self.train + self.val + self.test
         if abs(total - 1) > 1e-6:
             raise ValueError(f"train + val + test is {total:g}, must be 1")
+        fields = type(self).model_fields
+        unused = [name for name in ("train", "val", "test", "stratify") if getattr(self, name) != fields[name].default]
+        if self.time and unused:
+            raise ValueError(f"time cuts by time: leave out {', '.join(unused)}")
         return self
 
 
@@ -302,6 +350,8 @@ class Recipe(Strict):
         require: keep only samples that have all of these modalities.
         shard_size: samples per tar.
         salvage: read truncated raw files up to where they break.
+        private: data of people: `etl preview` and `etl stats` hide texts, images and identifying values; absent means
+            only a ``mimic4`` source is private.
         fit_from: a gold folder whose tokenizer, vocabularies and statistics are used instead of fitting.
     """
 
@@ -314,8 +364,14 @@ class Recipe(Strict):
     tabular: TabularRecipe | None = None
     timeseries: SeriesRecipe | None = None
     shard_size: int = Field(default=10_000, ge=1)
+    private: bool | None = None
     fit_from: str | None = None
     salvage: bool = False
+
+    @property
+    def is_private(self) -> bool:
+        """See ``private``."""
+        return self.source.kind == "mimic4" if self.private is None else self.private
 
     @property
     def modalities(self) -> list[Modality]:

@@ -1,11 +1,27 @@
-"""Group-safe splits: a group's hash decides, so that no group ever lies in two splits."""
+"""Group-safe splits. A split is a pure function of the samples and a rule that the manifest states.
+
+* ``hash`` (default): the group's hash decides. Stable for good: no new group ever moves another.
+* ``stratified``: the same hash orders the groups within each label (a group's most frequent one; unlabelled groups are
+  a stratum of their own), and shares are cut exactly. Stable for the same data; a new group moves at most one other
+  group of its stratum over each bound.
+* ``time``: a group goes by its latest sample: train ends before ``val``, val before ``test``. Nothing in train is from
+  the future of what is evaluated on. A group without any time is in no split.
+
+A group is what the source says, merged over near-duplicate texts where the recipe asks for it (`etl.near`).
+"""
 
 import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from etl.quarantine import literal
 from etl.recipe import Split
 
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
 BUCKETS = 10_000
+MERGED = "merged"  # column of ``samples``: the group, merged over near duplicates
 
 
 def bounds(split: Split) -> tuple[int, int]:
@@ -14,26 +30,75 @@ def bounds(split: Split) -> tuple[int, int]:
     return train, train + round(BUCKETS * split.val)
 
 
+def rule(split: Split, group: str) -> dict[str, Any]:
+    """The split rule as the manifest states it."""
+    made: dict[str, Any] = {"method": split.method, "group": group, "salt": split.salt}
+    if split.time:
+        made |= {"time": [split.time.val, split.time.test]}
+    else:
+        made |= {"hash": f"md5_number(salt || ':' || group) % {BUCKETS}", "bounds": list(bounds(split))}
+    if split.near_duplicates:
+        made |= {"near_duplicates": split.near_duplicates}
+    return made
+
+
 def split_of(group: str, split: Split) -> str:
-    """The split of one group; `split_sql` says the same in SQL."""
+    """The split of one group by its hash; `select` says the same in SQL."""
     digest = hashlib.md5(f"{split.salt}:{group}".encode()).digest()
     bucket = int.from_bytes(digest, "little") % BUCKETS
     train, val = bounds(split)
     return "train" if bucket < train else "val" if bucket < val else "test"
 
 
-def split_sql(expression: str, split: Split) -> str:
-    """DuckDB expression for the split of the group in ``expression`` (a varchar, never null)."""
-    train, val = bounds(split)
-    bucket = f"md5_number({literal(split.salt + ':')} || {expression}) % {BUCKETS}"
-    return f"case when {bucket} < {train} then 'train' when {bucket} < {val} then 'val' else 'test' end"
+def select(rule: Mapping[str, Any], samples: str) -> str:
+    """SQL for (row_id, split), split null = in none, of a table with row_id, grp, label, and time or merged if needed.
+
+    Args:
+        rule: from `rule`, or from a manifest.
+        samples: SQL name of the table.
+    """
+    group = MERGED if "near_duplicates" in rule else "grp"
+    if rule["method"] == "time":
+        val, test = rule["time"]
+        latest = f"max(time) over (partition by {group})"
+        return f"select row_id, {_cases(latest, val, test)} as split from {samples}"
+    train, val = rule["bounds"]
+    if rule["method"] == "hash":
+        return f"select row_id, {_cases(f'{_hash(rule, group)} % {BUCKETS}', train, val)} as split from {samples}"
+    return f"""with counted as (select {group} as g, label, count(*) as n from {samples} group by all),
+        strata as (select g, label, {_hash(rule, "g")} as hashed from counted
+            qualify row_number() over (partition by g order by n desc, label nulls last) = 1),
+        placed as (select g, {BUCKETS} * (row_number() over (partition by label order by hashed, g) - 0.5)
+            / count(*) over (partition by label) as place from strata)
+        select row_id, {_cases("place", train, val)} as split from {samples} join placed on g = {group}"""
 
 
-def rule(split: Split, group: str) -> dict[str, object]:
-    """The split rule as the manifest states it."""
-    return {
-        "method": f"md5_number(salt || ':' || group) % {BUCKETS}",
-        "group": group,
-        "salt": split.salt,
-        "bounds": list(bounds(split)),
-    }
+def _hash(rule: Mapping[str, Any], group: str) -> str:
+    return f"md5_number({literal(rule['salt'] + ':')} || {group})"
+
+
+def _cases(value: str, val: float, test: float) -> str:
+    return f"case when {value} < {val} then 'train' when {value} < {test} then 'val' when {value} >= {test} then 'test' end"
+
+
+def assign(con: "DuckDBPyConnection", split: Split, group: str) -> dict[str, int]:
+    """Give every row of ``samples`` its ``split``; returns what was merged or left out, for the counts.
+
+    Raises:
+        ValueError: a time split of a source without times, or a merged group that is too large.
+    """
+    counts: dict[str, int] = {}
+    if split.near_duplicates:
+        from etl.near import merge_groups
+
+        counts = merge_groups(con, split.near_duplicates)
+    names = [row[0] for row in con.execute("describe samples").fetchall()]
+    if split.time and "time" not in names:
+        raise ValueError("split.time: the source gives no time; name a column in source.time")
+    con.execute(f"create table assigned as {select(rule(split, group), 'samples')}")
+    con.execute("alter table samples add column split varchar")
+    con.execute("update samples set split = assigned.split from assigned where assigned.row_id = samples.row_id")
+    con.execute("drop table assigned")
+    if split.time:
+        counts["without a time, in no split"] = con.execute("delete from samples where split is null").fetchall()[0][0]
+    return counts

@@ -1,32 +1,41 @@
-"""What a gold dataset holds: splits, missingness pattern, labels, lengths, lineage. From the indices; no tar is read."""
+"""`etl stats`: what a gold dataset holds, as tables. No tar is read, except a few hundred series and the leak probe's."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
-from lanistr.manifest import SPLITS, Manifest
+from etl.summary import Categories, Numbers, Summary
+from lanistr.manifest import SPLITS
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
-def stats(gold: Path) -> str:
+def stats(gold: Path, redact: bool | None = None) -> str:
     """Tables as text.
+
+    Args:
+        gold: dataset.
+        redact: see `etl.summary.Summary`.
 
     Raises:
         ValueError: not a gold dataset, or an index is missing.
     """
-    manifest = Manifest.load(gold)
-    samples = read_indices(gold, manifest)
+    summary = Summary(gold, redact)
+    manifest = summary.manifest
     blocks = [
-        f"{manifest.name}  {manifest.content_id[:16]}",
-        _splits(samples, manifest),
-        _patterns(samples, manifest),
-        _labels(samples, manifest),
-        _lengths(samples, manifest),
+        f"{manifest.name}  {manifest.content_id[:16]}" + ("  (redacted)" if summary.redact else ""),
+        _splits(summary),
+        _patterns(summary),
+        _labels(summary),
+        _lengths(summary),
+        _numbers([column for column in summary.columns if isinstance(column, Numbers)]),
+        _categories([column for column in summary.columns if isinstance(column, Categories)]),
         table(["rows at each stage", "n"], [[name, f"{n:,}"] for name, n in manifest.counts.items()]),
         table(["quarantine", "n"], [[reason, f"{n:,}"] for reason, n in manifest.quarantine.items()] or [["-", "0"]]),
-        table(["raw file", "sha256"], [[parent["file"], parent["sha256"][:16]] for parent in manifest.parents]),
+        "\n".join(["predicts the label by itself", "----------------------------", *_leaks(summary)]),
+        "\n".join(["lineage", "-------", *(f"{what}: {value}" for what, value in summary.lineage)]),
     ]
     return "\n\n".join(block for block in blocks if block)
 
@@ -42,67 +51,67 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
-def read_indices(gold: Path, manifest: Manifest) -> pl.DataFrame:
-    """All index rows, with ``split`` and ``shard`` (the tar's path in the dataset).
-
-    Raises:
-        ValueError: an index is missing.
-    """
-    frames = []
-    for shard in manifest.shards:
-        if not (gold / shard.index).is_file():
-            raise ValueError(f"{gold / shard.index}: missing, but the manifest names it")
-        rows = pl.read_parquet(gold / shard.index).drop("tab")
-        frames.append(rows.with_columns(split=pl.lit(shard.split), shard=pl.lit(shard.path)))
-    return pl.concat(frames)
-
-
-def share(n: int, of: int) -> str:
+def share(n: float, of: float) -> str:
     """A percentage."""
     return f"{n / of:.1%}" if of else "-"
 
 
-def _splits(samples: pl.DataFrame, manifest: Manifest) -> str:
+def _splits(summary: Summary) -> str:
     rows = []
     for split in SPLITS:
-        part = samples.filter(pl.col("split") == split)
-        shards = manifest.shards_of(split)
+        part = summary.per_sample.filter(pl.col("split") == split)
+        shards = summary.manifest.shards_of(split)
         size = sum(s.bytes for s in shards) / 2**20
         groups, labelled = part["group_hash"].n_unique(), part.filter(pl.col("label") >= 0).height
         rows.append([split, f"{part.height:,}", f"{groups:,}", f"{labelled:,}", f"{len(shards)}", f"{size:.1f}"])
     return table(["split", "samples", "groups", "labelled", "shards", "MiB"], rows)
 
 
-def _patterns(samples: pl.DataFrame, manifest: Manifest) -> str:
-    names = list(manifest.modalities)
-    counts = samples.group_by("presence").len().sort(["len", "presence"], descending=[True, False])
+def _patterns(summary: Summary) -> str:
+    names = list(summary.manifest.modalities)
     rows = []
-    for mask, n in counts.iter_rows():
-        marks = ["x" if mask & manifest.bit(name) else "." for name in names]
-        rows.append(["pattern", *marks, f"{n:,}", share(n, samples.height)])
-    present = [samples.filter((pl.col("presence") & manifest.bit(name)) != 0).height for name in names]
-    rows.append(["missing", *(share(samples.height - n, samples.height) for n in present), "", ""])
+    for mask, n in summary.patterns:
+        marks = ["x" if mask & summary.manifest.bit(name) else "." for name in names]
+        rows.append(["pattern", *marks, f"{n:,}", share(n, summary.n)])
+    rows.append(["missing", *(share(summary.n - summary.present(name), summary.n) for name in names), "", ""])
     return table(["modalities", *names, "samples", "share"], rows)
 
 
-def _labels(samples: pl.DataFrame, manifest: Manifest) -> str:
-    if not manifest.labels:
+def _labels(summary: Summary) -> str:
+    if not summary.manifest.labels:
         return ""
+    totals = [sum(counts[i] for _, counts in summary.labels) for i in range(len(SPLITS))]
     rows = []
-    for label, name in [*enumerate(manifest.labels), (-1, "(unlabelled)")]:
-        row = [name]
-        for split in SPLITS:
-            part = samples.filter(pl.col("split") == split)
-            n = part.filter(pl.col("label") == label).height
-            row += [f"{n:,}", share(n, part.height)]
-        rows.append(row)
+    for name, counts in summary.labels:
+        rows.append([name, *(cell for n, of in zip(counts, totals, strict=True) for cell in (f"{n:,}", share(n, of)))])
     return table(["label", *(head for split in SPLITS for head in (split, ""))], rows)
 
 
-def _lengths(samples: pl.DataFrame, manifest: Manifest) -> str:
+def _lengths(summary: Summary) -> str:
     rows = []
-    for name in manifest.modalities:
-        lengths = samples[f"length/{name}"].filter(samples[f"length/{name}"] > 0)
-        found = [lengths.quantile(q, interpolation="lower") for q in QUANTILES]
-        rows.append([name, *("-" if value is None else f"{value:.0f}" for value in found)])
+    for name in summary.manifest.modalities:
+        lengths = summary.lengths(name)
+        found = np.quantile(lengths, QUANTILES, method="lower") if len(lengths) else []
+        rows.append([name, *(f"{value:.0f}" for value in found)] if len(found) else [name, *"-----"])
     return table(["length, where present", "min", "median", "90 %", "99 %", "max"], rows)
+
+
+def _numbers(columns: Sequence[Numbers]) -> str:
+    rows = []
+    for column in columns:
+        found = np.quantile(column.values, (0, 0.5, 1)) if len(column.values) else []
+        rows.append([column.name, share(column.missing, 1), *([f"{v:.6g}" for v in found] or "---")])
+    return table(["numbers", "missing", "min", "median", "max"], rows) if rows else ""
+
+
+def _categories(columns: Sequence[Categories]) -> str:
+    rows = []
+    for column in columns:
+        top = ", ".join(f"{value[:24]} {part:.0%}" for value, part in column.top[:3])
+        known = f"{column.known:,}" + (f" + {column.buckets:,}" if column.buckets else "")
+        rows.append([column.name, share(column.missing, 1), share(column.unseen, 1), known, top])
+    return table(["categories", "missing", "unseen", "values", "most frequent"], rows) if rows else ""
+
+
+def _leaks(summary: Summary) -> list[str]:
+    return [str(leak.redacted() if summary.redact else leak) for leak in summary.leaks] or ["nothing suspicious"]

@@ -10,8 +10,12 @@ from etl.index import FOREIGN
 from lanistr.manifest import SPLITS, Manifest, Shard, index_columns
 
 
-def verify(gold: Path) -> list[str]:
+def verify(gold: Path, *, deep: bool = False) -> list[str]:
     """Check a dataset; returns lines that say what was checked.
+
+    Args:
+        gold: dataset.
+        deep: prove also what `etl.deep` proves.
 
     Raises:
         ValueError: the first thing that is wrong.
@@ -42,6 +46,10 @@ def verify(gold: Path) -> list[str]:
     for name, bit in ((name, manifest.bit(name)) for name in manifest.modalities):
         present = sum(n for s in manifest.shards for mask, n in s.n_by_mask.items() if int(mask) & bit)
         lines.append(f"{name}: in {present:,} of {len(keys):,} samples")
+    if deep:
+        from etl.deep import verify_deep
+
+        lines += verify_deep(gold, manifest)
     return [*lines, f"ok: {gold} {manifest.content_id[:16]}"]
 
 

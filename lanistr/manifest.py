@@ -86,7 +86,10 @@ class Manifest(Strict):
     Attributes:
         modalities: by name, **in bit order**: bit ``i`` of a presence mask is the ``i``-th modality.
         labels: class names in id order; empty without a label.
+        fit: what statistics, vocabularies and tokenizer were made from: ``from`` is ``train`` or names another dataset,
+            ``train`` a digest of the samples; for `etl verify --deep`.
         quarantine: number of records set aside, by reason.
+        private: holds data of people: previews and statistics hide texts, images and identifying values.
         counts: rows at each stage of the build, for people (read, duplicates, joined, ...).
         content_id: sha256 over shards, indices, schema, tokenizer and fit; not over time, paths or host.
     """
@@ -97,6 +100,8 @@ class Manifest(Strict):
     tokenizer: Tokenizer | None = None
     labels: list[str]
     split_rule: dict[str, Any]
+    fit: dict[str, str] = {}
+    private: bool = False
     shards: list[Shard]
     quarantine: dict[str, int]
     counts: dict[str, int]

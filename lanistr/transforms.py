@@ -78,6 +78,13 @@ class CategoricalColumn(Strict):
         """Number of ids."""
         return FIRST_KNOWN_ID + len(self.values) + self.buckets
 
+    def name_of(self, category: int) -> str:
+        """What an id stands for, for people."""
+        if category < FIRST_KNOWN_ID:
+            return "(missing)" if category == MISSING_ID else "(unseen)"
+        position = category - FIRST_KNOWN_ID
+        return self.values[position] if position < len(self.values) else f"(bucket {position - len(self.values)})"
+
 
 class TabularSpec(Strict):
     """One float32 row (``tab.npy``): numeric columns, then category ids; NaN = missing cell."""
@@ -169,6 +176,9 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Read a ``tokenizer.json`` or a WordPiece ``vocab.txt``.
 
+    Padding and truncation that a ``tokenizer.json`` brings along (sentence encoders pad to 128) are switched off: a
+    sample's tokens are its text's, and `TextSpec.max_tokens` cuts them.
+
     Raises:
         ValueError: no such file, or not a tokenizer.
     """
@@ -181,9 +191,12 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         if path.suffix == ".txt":
             tokenizer: Any = BertWordPieceTokenizer(str(path), lowercase=True)
             return tokenizer._tokenizer
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"tokenizer {path}: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def text_spec(tokenizer: "Tokenizer", max_tokens: int) -> TextSpec:
@@ -241,8 +254,13 @@ def _decode(data: bytes, size: int) -> "Image":
 
 
 def category_id(value: Any, column: CategoricalColumn, lookup: Mapping[str, int]) -> int:
-    """Id of a category value; ``lookup`` maps ``column.values`` to their position."""
+    """Id of a category value; ``lookup`` maps ``column.values`` to their position.
+
+    A bool is found as JSON spells it (``true``) and as Python does: raw records hold the one, CSV files the other.
+    """
     text = str(value)
+    if isinstance(value, bool) and text not in lookup:
+        text = text.lower()
     if text in lookup:
         return FIRST_KNOWN_ID + lookup[text]
     if not column.buckets:

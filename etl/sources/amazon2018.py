@@ -175,6 +175,7 @@ def _select(con: "DuckDBPyConnection", quarantine: Quarantine, source: AmazonSou
             nullif({text}, '') as text,
             {image} as image,
             case when vote is null then 0 else {number["vote"]} end as "n:votes",
+            {seconds} as time,
             {seconds} as "n:timestamp",
             {price} as "n:price",
             reviews.asin as "c:product",

@@ -15,7 +15,9 @@ import pytest
 
 from etl import recipe as recipes
 from etl.build import build
+from etl.leaks import probe
 from etl.sources.amazon2018 import literal_to_json
+from etl.summary import read_indices
 from etl.verify import verify
 from lanistr.manifest import Manifest
 from lanistr.transforms import FIRST_KNOWN_ID, TabularSpec
@@ -138,7 +140,16 @@ def test_office_reads_from_a_csv_with_python_literals(built: Build) -> None:
     color = Counter((json.loads(literal_to_json(r["style"]) or "{}").get("Color:") or "").strip() or None for r in kept)
     assert Counter(rows["c:style.Color"]) == color
     assert color["Black"] > 190
-    assert verify(gold)[-1].startswith("ok")
+    assert verify(gold, deep=True)[-1].startswith("ok")
+
+
+@real
+@pytest.mark.parametrize("name", ["amazon_giftcards", "amazon_fashion"])
+def test_the_leak_probe_finds_five_stars(name: str, built: Build) -> None:
+    manifest = Manifest.load(built(name))
+    leaks = probe(built(name), manifest, read_indices(built(name), manifest))
+    assert ("phrase 'five stars'", "5") in {(leak.what, leak.label) for leak in leaks}
+    assert all("five" in leak.what or "star" in leak.what for leak in leaks)
 
 
 @real
