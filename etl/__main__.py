@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--tmp", type=Path, help="folder to spill into (default: in the lake)")
     build.set_defaults(run=_build)
     _add_maintenance(commands)
+
+    _image_options(commands)
     verify = commands.add_parser("verify", help="re-read and re-hash everything")
     verify.add_argument("gold", type=Path)
     verify.add_argument(
@@ -107,6 +109,21 @@ def _add_before_build(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     convert.add_argument("files", nargs="+", type=Path)
     convert.add_argument("--out", type=Path, required=True, help="folder")
     convert.set_defaults(run=_convert)
+
+
+def _image_options(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    images = commands.add_parser("images", help="fetch the product images of an amazon2018 recipe")
+    images.add_argument("recipe", help="path, or name of a recipe in etl/recipes")
+    images.add_argument("overrides", nargs="*", metavar="key=value", help="for example source.metadata=null")
+    images.add_argument(
+        "--raw", type=Path, required=True, help="folder with the raw files; images go into source.images"
+    )
+    images.add_argument("--concurrency", type=_positive, default=32, help="requests in flight")
+    images.add_argument("--per-host", type=_positive, default=8, help="requests in flight to one host")
+    images.add_argument("--timeout", type=float, default=20.0, help="seconds without a byte")
+    images.add_argument("--retries", type=int, default=4, help="further attempts where a failure may pass")
+    images.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="may have a private address")
+    images.set_defaults(run=_images)
 
 
 def _redaction(parser: argparse.ArgumentParser) -> None:
@@ -236,6 +253,28 @@ def _index(arguments: argparse.Namespace) -> None:
     tars = {"train": arguments.tars, "val": arguments.val, "test": arguments.test}
     ignore = [suffix.strip().removeprefix(".") for suffix in arguments.ignore.split(",") if suffix.strip()]
     print(index(tars, arguments.out, size=arguments.size, like=arguments.like, ignore=ignore))
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    from etl import recipe
+    from etl.fetch import Limits
+    from etl.images import fetch_images
+
+    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    if not arguments.raw.is_dir():
+        raise ValueError(f"--raw {arguments.raw}: no such folder")
+    if arguments.timeout <= 0 or arguments.retries < 0:
+        raise ValueError("--timeout is above 0, --retries at least 0")
+    limits = Limits(
+        concurrency=arguments.concurrency,
+        per_host=arguments.per_host,
+        timeout=arguments.timeout,
+        retries=arguments.retries,
+        allow=frozenset(arguments.allow_host),
+    )
+    for outcome, n in fetch_images(loaded, arguments.raw, limits).most_common():
+        if n:
+            print(f"{n:>8,}  {outcome}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

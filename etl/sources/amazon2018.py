@@ -71,7 +71,7 @@ def load_tables(
     for name in ("asin", "reviewerID"):
         _set_aside(con, quarantine, source.reviews, "reviews", f"{column(name)} is null", f"no {name}")
     for name in ("style", "image"):
-        _as_json(con, quarantine, source.reviews, name)
+        _as_json(con, quarantine, source.reviews, "reviews", name)
     counts = {"reviews": n}
     if source.metadata is None:
         con.execute(
@@ -87,6 +87,7 @@ def load_tables(
         'coalesce(nullif("imageURLHighRes", \'[]\'), "imageURL") as urls, _file, _row '
         "from metadata qualify row_number() over (partition by asin order by _file, _row) = 1"
     )
+    _as_json(con, quarantine, source.metadata, "products", "urls")
     counts["reviews joined with metadata"] = _count(con, "reviews where asin in (select asin from products)")
     return counts
 
@@ -116,15 +117,15 @@ def _set_aside(
     con.execute(f"delete from {table} where {condition}")
 
 
-def _as_json(con: "DuckDBPyConnection", quarantine: Quarantine, part: str, name: str) -> None:
+def _as_json(con: "DuckDBPyConnection", quarantine: Quarantine, part: str, table: str, name: str) -> None:
     """Turn a nested column into JSON text; what is neither JSON nor a Python literal becomes a missing cell."""
     there = f"{name} is not null and not json_valid({name})"
     quarantine.add(
         part,
-        f"select _file as file, _row as line, {literal(f'not readable: {name}')} as reason, {name} as raw from reviews "
+        f"select _file as file, _row as line, {literal(f'not readable: {name}')} as reason, {name} as raw from {table} "
         f"where {there} and literal_to_json({name}) is null",
     )
-    con.execute(f"update reviews set {name} = literal_to_json({name}) where {there}")
+    con.execute(f"update {table} set {name} = literal_to_json({name}) where {there}")
 
 
 def _choose(wanted: list[str] | None, there: list[str]) -> list[str]:
