@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from etl.members import Members
-from etl.summary import IDENTIFYING, Summary
+from etl.summary import IDENTIFYING, Summary, in_full
 from lanistr.manifest import ModalitySchema
 from lanistr.transforms import MISSING_ID, SeriesSpec, TabularSpec, load_tokenizer
 
@@ -56,7 +56,7 @@ def _image(row: dict[str, Any], schema: ModalitySchema, members: Members, _: Any
 def _tabular(row: dict[str, Any], schema: ModalitySchema, members: Members, _: Any, redact: bool) -> str:
     spec = TabularSpec.model_validate(schema.spec)
     found = members.array(row, "tab.npy").tolist()
-    cells = {c.name: "&ndash;" if np.isnan(v) else f"{v:.7g}" for c, v in zip(spec.numeric, found, strict=False)}
+    cells = {c.name: "&ndash;" if np.isnan(v) else in_full(v) for c, v in zip(spec.numeric, found, strict=False)}
     for column, value in zip(spec.categorical, found[len(spec.numeric) :], strict=True):
         category = MISSING_ID if np.isnan(value) else int(value)
         shown = "&ndash;" if category == MISSING_ID else escape(column.name_of(category)[:40])

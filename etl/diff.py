@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.stats import read_indices, table
+from etl.stats import table
+from etl.summary import read_indices
 from lanistr.manifest import SPLITS, Manifest, ModalitySchema
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from etl.fetch import Failed, Fetcher, Limits, check_image
-from etl.ingest import connect, register
+from etl.ingest import connect
 from etl.lake import say, whole_file
 from etl.quarantine import Quarantine
+from etl.raw import register
 from etl.recipe import AmazonSource, Recipe
 from etl.sources import amazon2018
 

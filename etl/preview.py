@@ -15,7 +15,7 @@ import numpy as np
 
 from etl.cards import cards
 from etl.stats import share
-from etl.summary import Categories, Numbers, Summary
+from etl.summary import Categories, Numbers, Summary, in_full
 from lanistr.manifest import SPLITS
 
 MAX_BINS = 24
@@ -116,7 +116,9 @@ def _level(fraction: float) -> str:
 
 
 def bar(fraction: float, colour: int) -> str:
-    """A horizontal bar of at most 14 em."""
+    """A horizontal bar of at most 14 em; nothing for nothing."""
+    if not fraction:
+        return ""
     return f"<span class='bar f{colour % 4}' style='width:{14 * fraction:.2f}em'></span>"
 
 
@@ -188,7 +190,7 @@ def figure(name: str, found: np.ndarray, colour: int, note: str) -> str:
         f"height={height * n / most:.1f} />"
         for i, n in enumerate(counts)
     )
-    span = f"{found.min():.6g} to {found.max():.6g}, median {np.median(found):.6g}"
+    span = f"{in_full(found.min())} to {in_full(found.max())}, median {in_full(float(np.median(found)))}"
     return (
         f"<figure><svg viewBox='0 0 240 {height}' class=f{colour % 4} role=img aria-label='{escape(name, quote=True)}: {span}'>"
         f"{bars}</svg><figcaption><b>{escape(name)}</b> {span}; {note}</figcaption></figure>"

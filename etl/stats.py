@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from etl.summary import Categories, Numbers, Summary
+from etl.summary import Categories, Numbers, Summary, in_full
 from lanistr.manifest import SPLITS
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
@@ -100,7 +100,7 @@ def _numbers(columns: Sequence[Numbers]) -> str:
     rows = []
     for column in columns:
         found = np.quantile(column.values, (0, 0.5, 1)) if len(column.values) else []
-        rows.append([column.name, share(column.missing, 1), *([f"{v:.6g}" for v in found] or "---")])
+        rows.append([column.name, share(column.missing, 1), *([in_full(v) for v in found] or "---")])
     return table(["numbers", "missing", "min", "median", "max"], rows) if rows else ""
 
 

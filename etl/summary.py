@@ -162,6 +162,11 @@ class Summary:
         return [*rows, ("content", manifest.content_id)]
 
 
+def in_full(value: float) -> str:
+    """A number for people: whole ones in full (a timestamp is no 1.5e+09)."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+
+
 def read_indices(
     gold: Path, manifest: Manifest, limit: int | None = None, columns: list[str] | None = None
 ) -> pl.DataFrame:

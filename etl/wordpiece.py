@@ -23,7 +23,7 @@ def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         texts: of the train split.
         vocab_size: upper bound; special tokens are ids 0 to 4.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
@@ -35,6 +35,7 @@ def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()  # people read pieces joined
     return tokenizer
 
 
