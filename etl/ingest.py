@@ -124,6 +124,8 @@ class _Loader:
         self.con.execute(f"create table {self.table} ({', '.join(types)}, _file varchar, _row bigint, _bad varchar)")
 
     def add(self, file: RawFile) -> None:
+        import duckdb
+
         if file.kind not in KINDS and file.sha256:
             raise ValueError(
                 f"{file.name}: unknown kind of file .{file.kind}; allowed are {', '.join(KINDS)}, each also .gz and .zst"
@@ -138,6 +140,8 @@ class _Loader:
             if len(self.raw.files) == 1:
                 raise ValueError(f"{file.name}: {error}") from None
             self.quarantine.add_rows(self.raw.name, [(file.name, 0, "not readable", str(error))])
+        except (duckdb.Error, OSError) as error:  # out of memory, out of disk: the machine's fault, not the file's
+            raise ValueError(f"{file.name}: {_first_line(error)}") from None
 
     def finish(self) -> int:
         """Move bad rows out; returns the number of good ones."""
@@ -209,6 +213,8 @@ class _Loader:
                 source = f"read_parquet({literal(path)}, file_row_number = true)"
                 rows = f"select {values}, file_row_number + 1 as _row, null as _bad from {source}"
                 self._insert(file, [f"c{i}" for i in range(len(text))], rows)
+        except duckdb.OutOfMemoryException:
+            raise
         except duckdb.Error as error:
             raise Unreadable(f"not readable as parquet: {_first_line(error)}") from None
 
@@ -234,6 +240,8 @@ class _Loader:
             )
             try:
                 self._insert(file, values, f"select *, row_number() over () as _row, null as _bad from {rows}")
+            except duckdb.OutOfMemoryException:
+                raise
             except duckdb.Error:
                 bad = 1
             else:
