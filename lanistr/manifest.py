@@ -16,10 +16,11 @@ and then replaces the manifest. `python -m etl gc` removes the files that the ma
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -40,6 +41,8 @@ class ModalitySchema(Strict):
         kind: the transform and the model class that understand it (``text``, ``image``, ...).
         members: tar member suffixes, for example ``["ts.npy", "tsmask.npy"]``. The first one exists
             exactly when the modality is present; all of ``members`` exist together.
+        items: the most texts, images, ... that one sample has; those after the first lie in members that start with
+            their number (``1.jpg``, ``2.jpg``).
         extras: members that are stored and indexed beside them, but that training does not read (the raw text).
         spec: what decoding and modelling need (vocabulary, statistics, sizes), fitted on train only. Its
             type is the ``*Spec`` of `lanistr.transforms` for ``kind``.
@@ -47,13 +50,19 @@ class ModalitySchema(Strict):
 
     kind: str
     members: list[str]
+    items: int = Field(default=1, ge=1)
     extras: list[str] = []
     spec: dict[str, Any]
 
     @property
     def stored(self) -> list[str]:
         """All members in the tars."""
-        return [*self.members, *self.extras]
+        return [*(name for i in range(self.items) for name in item_members(self.members, i)), *self.extras]
+
+
+def item_members(members: Sequence[str], item: int) -> list[str]:
+    """Names of the members of a sample's ``item``-th text, image, ...; the first ones (0) carry no number."""
+    return [f"{item}.{member}" if item else member for member in members]
 
 
 class Shard(Strict):

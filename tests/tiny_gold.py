@@ -4,7 +4,7 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, index_columns, sample_key
+from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, index_columns, item_members, sample_key
 from lanistr.transforms import MEMBERS, read_npy
 from tests.model.support import SCHEMAS, random_members
 
@@ -25,10 +25,15 @@ def write_gold(
     present: Callable[[int], Sequence[str]],
     seed: int = 0,
     per_shard: int = 16,
+    items: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write ``n[split]`` samples per split; sample ``i`` has the modalities ``present(i)``."""
+    """Write ``n[split]`` samples per split; sample ``i`` has the modalities ``present(i)``.
+
+    Where ``items`` allows a modality more than one, sample ``i`` has 1 + i modulo that many.
+    """
     schemas = {
-        name: ModalitySchema(kind=name, members=MEMBERS[name], spec=spec.model_dump()) for name, spec in SCHEMAS.items()
+        name: ModalitySchema(kind=name, members=MEMBERS[name], items=(items or {}).get(name, 1), spec=spec.model_dump())
+        for name, spec in SCHEMAS.items()
     }
     shards = []
     for split in SPLITS:
@@ -67,6 +72,10 @@ def _write_shard(
             names = [name for name in schemas if name in present(i)]
             members = random_members(np.random.default_rng([seed, i, len(split)]))
             files = {"json": b"{}"} | {m: data for name in names for m, data in members[name].items()}
+            for name in names:
+                for item in range(1, 1 + i % schemas[name].items):
+                    more = random_members(np.random.default_rng([seed, i, len(split), item]))[name]
+                    files |= dict(zip(item_members(list(more), item), more.values(), strict=True))
             row = {column: -1 if column.startswith("offset") else 0 for column, _ in index_columns(schemas)}
             mask = sum(1 << bit for bit, name in enumerate(schemas) if name in names)
             row |= {"key": sample_key("tiny", split, str(i)), "group_hash": str(i), "presence": mask}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from lanistr.data.plan import Facts
 from lanistr.data.remote import Store
-from lanistr.manifest import Manifest, Shard
+from lanistr.manifest import Manifest, Shard, item_members
 from lanistr.modalities.base import Modality
 
 MAX_ROWS = 1 << 20  # index rows in memory, about 150 bytes each; a window of the plan is a quarter of it
@@ -53,7 +53,9 @@ class SplitIndex:
     ):
         self.store, self.shards, self.modalities = store, shards, modalities
         self.bits = {name: manifest.bit(name) for name in modalities}
-        self._members = [member for modality in modalities.values() for member in modality.members]
+        self._members = [
+            member for m in modalities.values() for i in range(m.items) for member in item_members(m.members, i)
+        ]
         # Modality by modality in the order of how long they can get; those of one length do not tell samples apart.
         longest = {name: int(m.tokens(np.array([LONGEST]))[0]) for name, m in modalities.items()}
         varying = [name for name, m in modalities.items() if int(m.tokens(np.array([1]))[0]) != longest[name]]

@@ -15,7 +15,7 @@ from lanistr.data.deal import deal, eval_order
 from lanistr.data.mixing import MixedDataset
 from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window
 from lanistr.data.prefetch import prefetch
-from lanistr.data.reader import CorruptSample, GoldDataset, Sample
+from lanistr.data.reader import CorruptSample, GoldDataset, Sample, Several
 from lanistr.data.streams import Streams
 from lanistr.modalities.base import Collated, Modality
 
@@ -56,8 +56,12 @@ class Collator:
         counts: dict[str, float] = {"mmm": samples_with_weight, "decorrelation": samples_with_weight}
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
-            present = [i for i, sample in enumerate(samples) if name in sample.contents]
-            collated = self._collate(name, modality, [samples[i] for i in present], weights_B[present], epoch)
+            items = [
+                (i, item, content) for i, s in enumerate(samples) for item, content in _items(s.contents.get(name))
+            ]
+            present = [i for i, _, _ in items]
+            keyed = [(samples[i], item, content) for i, item, content in items]
+            collated = self._collate(name, modality, keyed, weights_B[present], epoch)
             inputs[name] = collated.inputs
             counts[modality.term] = counts.get(modality.term, 0.0) + collated.count
             pools.append(int(collated.token_counts.sum()))
@@ -67,7 +71,10 @@ class Collator:
         if self.views == 1:
             labelled = (labels >= 0) & (weights_B > 0)
             counts = {"cls": float(labelled.sum())}
-            counts |= {f"cls_{name}": float(labelled[of].sum()) for name, of in zip(self.modalities, rows, strict=True)}
+            counts |= {
+                f"cls_{name}": float(labelled[np.unique(of)].sum())
+                for name, of in zip(self.modalities, rows, strict=True)
+            }
         return Batch(
             keys=tuple(sample.key for sample in samples),
             views=self.views,
@@ -86,19 +93,30 @@ class Collator:
         return replace(sample, contents=kept) if kept else sample
 
     def _collate(
-        self, name: str, modality: Modality[Any, Any], present: list[Sample], weights: np.ndarray, epoch: int
+        self,
+        name: str,
+        modality: Modality[Any, Any],
+        present: list[tuple[Sample, int, Any]],
+        weights: np.ndarray,
+        epoch: int,
     ) -> Collated[Any]:
-        contents = [sample.contents[name] for sample in present]
-        names = [(sample.repeat, sample.key) for sample in present]
+        contents = [content for _, _, content in present]
+        names: list[tuple[object, ...]] = [(s.repeat, s.key, name, *([item] if item else [])) for s, item, _ in present]
         if not present:  # the law of equal work: a dummy of weight 0 runs in the same place
-            contents, names, weights = [modality.dummy()], [(0, "dummy")], np.zeros(1, dtype=np.float32)
+            contents, names, weights = [modality.dummy()], [(0, "dummy", name)], np.zeros(1, dtype=np.float32)
         masks = None
         if self.views == 2:
             masks = [
-                modality.corrupt(content, self._stream("corrupt", self.seed, epoch, repeat, key, name))
-                for content, (repeat, key) in zip(contents, names, strict=True)
+                modality.corrupt(content, self._stream("corrupt", self.seed, epoch, *key))
+                for content, key in zip(contents, names, strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())
+
+
+def _items(content: Any) -> Iterator[tuple[int, Any]]:
+    """The texts, images, ... of one sample, numbered; nothing where it has none."""
+    if content is not None:
+        yield from enumerate(content if isinstance(content, Several) else (content,))
 
 
 @dataclass(frozen=True)

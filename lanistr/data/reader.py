@@ -16,7 +16,7 @@ from lanistr.data.index import ShardIndex, SplitIndex
 from lanistr.data.plan import Facts
 from lanistr.data.remote import Blob, Store, open_store
 from lanistr.data.streams import philox
-from lanistr.manifest import Manifest
+from lanistr.manifest import Manifest, item_members
 from lanistr.modalities.base import Modality
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,25 @@ class Sample:
     label: int
     contents: dict[str, Any]
     repeat: int = 0
+
+
+class Several(tuple[Any, ...]):
+    """The contents of a modality of which a sample may have more than one (`ModalitySchema.items`)."""
+
+
+def _decode(modality: Modality[Any, Any], members: Mapping[str, bytes], augment: tuple[object, ...] | None) -> Any:
+    """Content of a sample's modality: one, or `Several` where the schema allows more."""
+    found = []
+    for item in range(modality.items):
+        names = item_members(modality.members, item)
+        if names[0] not in members:
+            continue
+        own = {member: members[name] for member, name in zip(modality.members, names, strict=True)}
+        if augment is not None:
+            found.append(modality.decode_augmented(own, philox("augment", *augment, *([item] if item else []))))
+        else:
+            found.append(modality.decode(own))
+    return Several(found) if modality.items > 1 else found[0]
 
 
 class GoldDataset:
@@ -165,12 +184,9 @@ class GoldDataset:
         for name, modality in self.modalities.items():
             if not presence & self.index.bits[name]:
                 continue
-            own = {m: members[m] for m in modality.members}
+            augment = (*rng_key, key, name) if rng_key is not None and modality.augments else None
             try:
-                if rng_key is not None and modality.augments:
-                    contents[name] = modality.decode_augmented(own, philox("augment", *rng_key, key, name))
-                else:
-                    contents[name] = modality.decode(own)
+                contents[name] = _decode(modality, members, augment)
             except ValueError as error:
                 raise CorruptSample(key, f"{self._where(shard, key)}: {error}") from None
         return Sample(key, presence, int(part.label_N[row]), contents)

@@ -48,6 +48,7 @@ class Modality(ABC, Generic[ContentT, InputT]):
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         self.name = name
         self.members = tuple(schema.members)
+        self.items = schema.items
 
     def parse_config(self, cls: type[ConfigT], config: dict[str, Any]) -> ConfigT:
         """The recipe's block, validated. Raises ValueError that names the key."""
