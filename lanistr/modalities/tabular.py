@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, glu, relu
+from torch.nn.functional import cross_entropy, glu, linear, relu
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
@@ -259,8 +259,9 @@ class TabNet(nn.Module):
         replace_norms(self.blocks, config)
 
     def embed(self, inputs: TabularInput) -> Tensor:
-        """(N, X) float32."""
+        """(N, X), at least float32."""
         embedded = self.embedding(inputs.categories_NC + self.offsets_C).flatten(1)
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         return torch.cat([inputs.numeric_NR.to(embedded.dtype), embedded], dim=1)
 
     def forward(self, x_NX: Tensor, prior_NK: Tensor, views: int, batch_statistics: bool) -> Tensor:
@@ -280,7 +281,7 @@ class TabNet(nn.Module):
         attended = feature_transformer(blocks.initial_splitter, x_NX, *stats)[:, self.width :]
         steps = []
         for transformer, attention in zip(blocks.feat_transformers, blocks.att_transformers, strict=True):
-            mask_NK = sparsemax(attention.bn(attention.fc(attended), *stats) * prior_NK)
+            mask_NK = sparsemax(attention.bn(_wide_linear(attention.fc, attended), *stats) * prior_NK)
             prior_NK = (self.gamma - mask_NK) * prior_NK
             out = feature_transformer(transformer, mask_NK.index_select(1, self.column_of_X) * x_NX, *stats)
             step_ND, attended = out.split(self.width, dim=1)
@@ -288,11 +289,16 @@ class TabNet(nn.Module):
         return torch.stack(steps, dim=1)
 
 
+def _wide_linear(layer: Any, x_NX: Tensor) -> Tensor:
+    """A linear layer (without bias, as all of TabNet's) in the dtype of its input, whatever that of its weight."""
+    return linear(x_NX, layer.weight.to(x_NX.dtype))
+
+
 def feature_transformer(transformer: Any, x_NX: Tensor, views: int, batch_statistics: bool) -> Tensor:
     """Shared, then specific gated linear units with residuals: pytorch_tabnet's `FeatTransformer` in fewer operations."""
     for block in (transformer.shared, transformer.specifics):
         for i, layer in enumerate(block.glu_layers):
-            out = glu(layer.bn(layer.fc(x_NX), views, batch_statistics))
+            out = glu(layer.bn(_wide_linear(layer.fc, x_NX), views, batch_statistics))
             x_NX = out if block.first and i == 0 else (x_NX + out) * 0.5**0.5
     return x_NX
 
@@ -329,11 +335,14 @@ class MFMHead(nn.Module):
             feature_transformer(transformer, step_ND, 1, batch_statistics)
             for transformer, step_ND in zip(decoder.feat_transformers, steps, strict=True)
         ]
-        return decoder.reconstruction_layer(torch.stack(decoded).mean(0))
+        return _wide_linear(decoder.reconstruction_layer, torch.stack(decoded).mean(0))
 
 
 class TabularEncoder(ModalityEncoder[TabularInput]):
-    """TabNet; the clean and the masked view are one pass, each with its own batch statistics."""
+    """TabNet; the clean and the masked view are one pass, each with its own batch statistics.
+
+    It computes in float32 whatever its parameters' dtype: in bfloat16 its gradient is off by more than half (DECISIONS.md).
+    """
 
     def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int], width: int):
         super().__init__()
@@ -352,6 +361,10 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
         keep_NK = inputs.keep_NK.to(x_NX.dtype)
         x_NX = torch.cat([x_NX, x_NX * keep_NK.index_select(1, tabnet.column_of_X)])
         return tabnet(x_NX, torch.cat([prior_NK, keep_NK]), 2, inputs.batch_statistics).flatten(0, 1)
+
+    def project(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
+        """Tokens of the fusion width, in the dtype of the parameters."""
+        return self.projection(hidden.to(self.projection.weight.dtype))
 
     def reconstruct(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Squared error of numbers and cross-entropy of categories, summed over masked observed cells."""

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lanistr.batch import make_layout
 from lanistr.modalities.timeseries import SeriesConfig, SeriesTransformer, _runs, sinusoids
 
 
@@ -48,3 +49,34 @@ def test_masked_runs_equal_a_loop_over_steps(steps: int, ratio: float, length: f
         expected[step] = state
         state = np.where(state, draws[step] >= stop, draws[step] < start)
     assert np.array_equal(_runs(draws[:-1], first, start, stop), expected)
+
+
+def test_series_encoder_equals_torchs_own_layers_on_a_padded_batch() -> None:
+    """Zerveas et al. build on `torch.nn.TransformerEncoderLayer` (GELU, after-norm) with a padding mask."""
+    torch.manual_seed(0)
+    config = SeriesConfig(hidden=16, layers=2, heads=4, intermediate=32, max_steps=9)
+    ours = SeriesTransformer(config, 3, "sdpa_bucketed").eval()
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, activation="gelu", batch_first=True)
+    theirs = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with torch.no_grad():
+        for block, reference in zip(ours.blocks, theirs.layers, strict=True):
+            for parameter in block.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+            reference.self_attn.in_proj_weight.copy_(block.qkv.weight)
+            reference.self_attn.in_proj_bias.copy_(block.qkv.bias)
+            pairs = (
+                ("self_attn.out_proj", "out"),
+                ("linear1", "up"),
+                ("linear2", "down"),
+                ("norm1",) * 2,
+                ("norm2",) * 2,
+            )
+            for theirs_name, ours_name in pairs:
+                reference.get_submodule(theirs_name).load_state_dict(getattr(block, ours_name).state_dict())
+    lengths = [9, 2, 5]
+    values = torch.randn(16, 3)
+    hidden = ours(values, make_layout(lengths))
+    padded = torch.nn.utils.rnn.pad_sequence(list(ours.input(values).split(lengths)), batch_first=True)
+    keep = torch.arange(9) < torch.tensor(lengths)[:, None]
+    expected = theirs(padded + ours.positions, src_key_padding_mask=~keep)
+    torch.testing.assert_close(hidden, expected[keep], rtol=1e-5, atol=1e-5)

@@ -1,10 +1,14 @@
 """`python -m lanistr describe`: parameters, tokens and FLOPs per part."""
 
 import pytest
+import torch
 
 from lanistr.__main__ import main
 from lanistr.config import load_recipe
 from lanistr.describe import count_parts, count_work
+from lanistr.modalities import MODALITIES
+from lanistr.model.lanistr import Lanistr
+from lanistr.tasks import Finetune
 from tests.model.support import recipe_with
 
 
@@ -50,3 +54,18 @@ def test_command_prints_parameters_tokens_and_flops(capsys: pytest.CaptureFixtur
     assert "277.16 M" in out
     assert main(["describe", "--recipe", "no_such_recipe"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mimic_finetune", "amazon_finetune_fashion"])
+def test_fine_tuning_trains_about_fifteen_percent_of_the_pretraining_total(name: str) -> None:
+    """Paper, section "Fine-tuning LANISTR": unimodal encoders frozen, the multimodal encoder and the classifier trained."""
+    recipe = load_recipe(name)
+    pretraining = sum(count_parts(load_recipe(name.split("_")[0] + "_pretrain")).values())
+    blocks = {n: {k: v for k, v in b.items() if k != "pretrained"} for n, b in recipe.model.modalities.items()}
+    with torch.device("meta"):
+        modalities = {n: MODALITIES[n](n, block, MODALITIES[n].paper_schema()) for n, block in blocks.items()}
+        model = Lanistr(recipe.model, modalities, backend="reference")
+        task = Finetune(model, recipe.model.fusion.width, 5, recipe.finetune, seed=0)
+    task.freeze()
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    assert 0.14 < trained / pretraining < 0.17, trained / pretraining

@@ -35,6 +35,8 @@ def test_neg_cosine_is_minus_one_for_aligned_rows_and_gives_the_target_no_gradie
     neg_cosine(p, z).sum().backward()
     assert p.grad is not None
     assert z.grad is None
+    p, z = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda prediction: neg_cosine(prediction, z), (p,))
 
 
 def test_decorrelation_is_low_for_independent_and_high_for_collapsed_embeddings() -> None:
