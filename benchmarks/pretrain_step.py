@@ -140,8 +140,8 @@ class Setting:
     losses: dict[str, Callable[[], Tensor]]
 
     def step(self, layout: str) -> Tensor:
-        """Forward + backward; the gradients' memory stays."""
-        self.task.zero_grad(set_to_none=False)
+        """Forward + backward, as in training: gradients are new in each step."""
+        self.task.zero_grad(set_to_none=True)
         loss = self.losses[layout]()
         loss.backward()
         return loss.detach()
@@ -161,7 +161,7 @@ def make_setting(case: Case) -> Setting:
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
     batch = Collator(modalities, views=2, seed=0)(make_samples(case, modalities), [1.0] * len(case.lengths), epoch=0)
     for parameter in task.parameters():
-        parameter.grad = torch.empty_like(parameter).fill_(0)  # written, so that its pages exist before any measurement
+        parameter.grad = torch.empty_like(parameter).fill_(0)  # so that peak memory is counted above all gradients
     bert = dense_bert(task)
     longest = {
         "padded_masked": {"text": max(case.lengths), "timeseries": STEPS},
@@ -200,7 +200,8 @@ def outcome(setting: Setting, layout: str) -> Outcome:
     """Run one step (which is also the warm-up)."""
     losses = []
     flops = _harness.flops(lambda: losses.append(setting.step(layout)))
-    gradient = torch.cat([p.grad.flatten() for p in setting.task.parameters() if p.grad is not None])
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in setting.task.parameters()]
+    gradient = torch.cat(grads)
     return Outcome(losses[0], gradient, flops)
 
 
@@ -344,6 +345,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="result file (contract 5)")
     parser.add_argument("--quick", action="store_true", help="demo size only")
+    parser.add_argument("--only", default="", help="cases that start with this, for example mimic or amazon/full")
     parser.add_argument("--samples", type=int, default=2, help="at full size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amazon", help="gold dataset whose text lengths count for the Amazon mix")
@@ -361,7 +363,7 @@ def main() -> int:
         parser.error("--out FILE is needed")
     rows = [head_memory_row()]
     for size, samples in (("demo", 16), ("full", arguments.samples))[: 1 if arguments.quick else 2]:
-        for mix in IMAGES:
+        for mix in [mix for mix in IMAGES if f"{mix}/{size}".startswith(arguments.only)]:
             lengths, source = text_lengths(mix, getattr(arguments, mix), samples)
             print(f"{mix}, {size} size, {samples} samples ...", file=sys.stderr, flush=True)
             rows += measure(Case(mix, size, lengths, source), arguments.rounds)
