@@ -103,7 +103,8 @@ class Collator:
         contents = [content for _, _, content in present]
         names: list[tuple[object, ...]] = [(s.repeat, s.key, name, *([item] if item else [])) for s, item, _ in present]
         if not present:  # the law of equal work: a dummy of weight 0 runs in the same place
-            contents, names, weights = [modality.dummy()], [(0, "dummy", name)], np.zeros(1, dtype=np.float32)
+            contents, weights = [modality.dummy()], np.zeros(1, dtype=np.float32)
+            names = [(0, "dummy", name)]
         masks = None
         if self.views == 2:
             masks = [

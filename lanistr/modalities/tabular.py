@@ -364,7 +364,7 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
 
     def project(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Tokens of the fusion width, in the dtype of the parameters."""
-        return self.projection(hidden.to(self.projection.weight.dtype))
+        return self.projection(hidden.to(next(self.projection.parameters()).dtype))
 
     def reconstruct(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Squared error of numbers and cross-entropy of categories, summed over masked observed cells."""

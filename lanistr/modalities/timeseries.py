@@ -225,7 +225,8 @@ class SeriesTransformer(nn.Module):
     def forward(self, values_TC: Tensor, layout: Layout) -> Tensor:
         """(T, hidden)."""
         x_TD = self.input(values_TC.to(self.input.weight.dtype))
-        x_TD = x_TD + self.positions.index_select(0, layout.positions_T)
+        # The fixed table stays float32 under DeepSpeed, which casts parameters only.
+        x_TD = x_TD + self.positions.index_select(0, layout.positions_T).to(x_TD.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, layout)
         return x_TD

@@ -24,12 +24,15 @@ def test_sinusoids_are_those_of_a_naive_loop(width: int) -> None:
 def test_fixed_positions_are_neither_trained_nor_saved_and_learnable_ones_are_both() -> None:
     config = SeriesConfig(hidden=8, layers=1, heads=2, intermediate=16, max_steps=5)
     learnable = SeriesTransformer(config, 3, "sdpa")
-    fixed = SeriesTransformer(config.model_copy(update={"positions": "fixed"}), 3, "sdpa")
+    fixed = SeriesTransformer(config.model_copy(update={"positions": "fixed"}), 3, "sdpa_bucketed")
     assert "positions" in learnable.state_dict()
     assert "positions" in dict(learnable.named_parameters())
     assert "positions" not in fixed.state_dict()
     assert "positions" not in dict(fixed.named_parameters())
     assert torch.equal(fixed.positions, sinusoids(5, 8))
+    for parameter in fixed.parameters():  # as DeepSpeed does: parameters only
+        parameter.data = parameter.data.bfloat16()
+    assert fixed(torch.zeros(4, 3), make_layout([4])).dtype == torch.bfloat16
 
 
 @settings(max_examples=60, deadline=None)
