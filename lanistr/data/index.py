@@ -15,7 +15,7 @@ from lanistr.data.remote import Store
 from lanistr.manifest import Manifest, Shard, item_members
 from lanistr.modalities.base import Modality
 
-MAX_ROWS = 1 << 20  # index rows in memory, about 150 bytes each; a window of the plan is a quarter of it
+MAX_ROWS = 1 << 19  # index rows in memory, about 150 bytes each; a window of the plan is half of it
 LONGEST = 1 << 14  # lengths above count as this when samples are grouped by length
 
 

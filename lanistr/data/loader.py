@@ -285,7 +285,6 @@ class TrainLoader:
                 f"max_tokens {max_tokens}: a step may hold only {self.plan.fewest_samples} of the longest samples "
                 f"({self.plan.longest} tokens), fewer than {slots} micro-batches on all ranks"
             )
-        self.positions = np.arange(dataset.n) if positions is None else positions
         self.steps_per_epoch = self.plan.steps_per_epoch
         self._make = _MicroBatches(dataset, collator, self.plan, positions, ranks, rank, self.micro_batches)
 

@@ -285,4 +285,5 @@ def open_store(location: str | Path, cache: str | Path, limit: int) -> Store:
     scheme = re.match(r"^([a-z][a-z0-9+.-]+):/+(.*)$", str(location))
     if scheme is None:
         return LocalStore(Path(location))
-    return CachedStore(f"{scheme[1]}://{scheme[2]}", Path(cache).expanduser(), limit)
+    root = "/" if scheme[1] in ("file", "local") else ""  # the others begin with a bucket or host
+    return CachedStore(f"{scheme[1]}://{root}{scheme[2]}", Path(cache).expanduser(), limit)

@@ -159,7 +159,7 @@ def finetune(
     extra = {
         "task": "finetune",
         "from": str(source) if source else None,
-        "n_labels": labels or len(loader.positions),
+        "n_labels": labels or loader.plan.samples,
     }
     describe_run(run, recipe, manifest, filled, extra)
     engine = Engine(task, filled, device, config.weight_decay)

@@ -167,6 +167,9 @@ def test_addresses_survive_the_command_line_and_paths_stay_paths(tmp_path: Path)
     assert isinstance(made, CachedStore)
     assert made.url == "s3://bucket/gold"
     assert made.cache == Path.home() / "x"
+    local = open_store(Path(f"file://{tmp_path}"), tmp_path / "cache", 5)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert (local.folder() / "manifest.json").read_text() == "{}"
     assert isinstance(open_store(tmp_path, "~", 5), LocalStore)
     assert isinstance(open_store("lake/gold", "~", 5), LocalStore)
 
