@@ -7,7 +7,7 @@
   execute no padding at all; the share is what a dense encoder would waste.
 * ``end_to_end``: the same shards (224 px JPEG, tokens, a tabular row), read, decoded and collated into uint8 pixels,
   tokens and rows, in one process on one core. Comparator: a plain ``webdataset`` pipeline with shuffle, decode and
-  batching, once with our JPEG decoder, once with its own. Ours also cuts the images into the patches that a ViT reads.
+  batching, once with our JPEG decoder, once with its own.
 * ``rates``: samples per second from the index alone, and of raw member bytes in random order.
 * ``latency``: seconds from opening a dataset to its first batch; CPU seconds to plan an epoch of 10 million samples.
 * ``memory``: resident memory over an epoch of a million small samples (100 shards that are links to one).

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 from lanistr.batch import Batch, Layout
 from lanistr.losses import simsiam_loss
-from lanistr.modalities.image import ImageInput, _normalise
+from lanistr.modalities.image import ImageInput, _normalise, cut
 from lanistr.modalities.text import TextInput
 from lanistr.modalities.timeseries import SeriesInput
 from lanistr.ops.transformer import Block
@@ -119,22 +119,21 @@ def _image(task: Pretrain, batch: Batch, _: nn.Module, __: dict[str, int]) -> Ca
     present_B = (batch.presence_B & bit) > 0
     vit = encoder.encoder.config
     patches = (vit.image_size // vit.patch_size) ** 2
-    pixels = 3 * vit.patch_size**2
     inputs: ImageInput = batch.inputs["image"]
-    patches_BPX = torch.zeros(batch.size, patches, pixels, dtype=torch.uint8)
+    pixels_BHWC = torch.zeros(batch.size, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
     mask_BP1 = torch.zeros(batch.size, patches, 1)
     if present_B.any():
         assert inputs.mask_NP1 is not None
-        patches_BPX[present_B], mask_BP1[present_B] = inputs.patches_nPX, inputs.mask_NP1.chunk(2)[1]
+        pixels_BHWC[present_B], mask_BP1[present_B] = inputs.pixels_nHWC, inputs.mask_NP1.chunk(2)[1]
     both_NP1 = torch.cat([torch.zeros_like(mask_BP1), mask_BP1])
     nothing = torch.zeros(0, dtype=torch.int64)
-    dense = ImageInput(patches_BPX, both_NP1, nothing, torch.zeros(0))
+    dense = ImageInput(pixels_BHWC, both_NP1, nothing, torch.zeros(0))
     keep_NL = present_B.repeat(2)[:, None].expand(-1, patches + 1)
 
     def run() -> Part:
         hidden_NLD = encoder.encode(dense).view(2 * batch.size, patches + 1, -1)
         out_BPX = encoder.head.decoder(hidden_NLD.chunk(2)[1][:, 1:]).float()
-        error_BP = (out_BPX - _normalise(patches_BPX, torch.float32)).abs().mean(-1)
+        error_BP = (out_BPX - _normalise(cut(pixels_BHWC, vit.patch_size), torch.float32)).abs().mean(-1)
         return Part(encoder.projection(hidden_NLD), keep_NL, (error_BP * mask_BP1[..., 0]).sum())
 
     return run

@@ -1,7 +1,7 @@
 """Images: ViT over dense patches of the present rows, masked image modelling on masked patches only.
 
-Shape suffixes: N rows of all views, n rows of one view, P patches, X pixels of a patch (3 * patch * patch),
-M masked patches, D width.
+Shape suffixes: N rows of all views, n rows of one view, H height, W width, C colours, P patches, X pixels of a patch
+(3 * patch * patch), M masked patches, D model width.
 """
 
 import contextlib
@@ -61,19 +61,19 @@ class ImageInput:
     """Pixels of the present images, once; the views differ by their mask.
 
     Attributes:
-        patches_nPX: uint8.
+        pixels_nHWC: uint8; the model cuts them into patches, on its device.
         mask_NP1: float32, 1 = replaced by the mask token; rows of view 0 (all zero), then of view 1. None = one view.
         masked_M: masked patches as rows of the flattened (n * P) grid; weights_M the weight of their sample.
     """
 
-    patches_nPX: Tensor
+    pixels_nHWC: Tensor
     mask_NP1: Tensor | None
     masked_M: Tensor
     weights_M: Tensor
 
 
 class ImageModality(Modality[np.ndarray, ImageInput]):
-    """Content: (P, X) uint8 patches."""
+    """Content: (H, W, C) uint8 pixels."""
 
     kind = "image"
     term = "mim"
@@ -91,13 +91,13 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=ImageSpec(size=224).model_dump())
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
-        """Centre crop, resize to ``size``, cut into patches."""
+        """Centre crop, resize to ``size``."""
         size = self.config.size
         pixels = _decode_jpeg(members["jpg"], size)
         if pixels.shape[:2] != (size, size):
             image = Image.fromarray(pixels)
             pixels = np.asarray(image.crop(_centre(image)).resize((size, size), Image.Resampling.BILINEAR))
-        return self._patches(pixels)
+        return pixels
 
     def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> np.ndarray:
         """Random resized crop and flip, where the recipe asks for them."""
@@ -110,13 +110,7 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         if self.config.crop:
             box = _random_box(image.size, self.config.crop, area, log_ratio, x, y)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
-        return self._patches(pixels[:, ::-1] if flip < self.config.flip else pixels)
-
-    def _patches(self, pixels: np.ndarray) -> np.ndarray:
-        size, patch = self.config.size, self.config.patch
-        side = size // patch
-        patches = pixels.reshape(side, patch, side, patch, 3).transpose(0, 2, 4, 1, 3)
-        return np.ascontiguousarray(patches).reshape(side * side, -1)
+        return pixels[:, ::-1] if flip < self.config.flip else pixels
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """[CLS] and the patches."""
@@ -124,15 +118,15 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
 
     def dummy(self) -> np.ndarray:
         """A single grey patch."""
-        return np.full((1, 3 * self.config.patch**2), 128, dtype=np.uint8)
+        return np.full((self.config.patch, self.config.patch, 3), 128, dtype=np.uint8)
 
     def example(self) -> np.ndarray:
         """A grey image."""
-        return np.repeat(self.dummy(), (self.config.size // self.config.patch) ** 2, axis=0)
+        return np.full((self.config.size, self.config.size, 3), 128, dtype=np.uint8)
 
     def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Exactly ``mask_ratio`` of the patches, at least one."""
-        patches = len(content)
+        patches = self._count(content)
         chosen = rng.permutation(patches)[: max(1, round(patches * self.config.mask_ratio))]
         mask = np.zeros(patches, dtype=bool)
         mask[chosen] = True
@@ -142,23 +136,27 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         self, contents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
     ) -> Collated[ImageInput]:
         """Stack the images."""
-        patches_nPX = np.stack(contents)
-        rows, patches = patches_nPX.shape[:2]
-        tokens = np.full(rows, patches + 1)
+        pixels_nHWC = np.stack(contents)
+        patches = self._count(contents[0])
+        tokens = np.full(len(contents), patches + 1)
         if masks is None:
             nothing = torch.zeros(0, dtype=torch.int64)
-            return Collated(ImageInput(torch.from_numpy(patches_nPX), None, nothing, torch.zeros(0)), tokens, 0.0)
+            return Collated(ImageInput(torch.from_numpy(pixels_nHWC), None, nothing, torch.zeros(0)), tokens, 0.0)
         mask_nP = np.stack(masks)
         masked_M = np.flatnonzero(mask_nP)
         weights_M = np.asarray(weights, dtype=np.float32)[masked_M // patches]
         both_NP = np.concatenate([np.zeros_like(mask_nP), mask_nP]).astype(np.float32)
         inputs = ImageInput(
-            torch.from_numpy(patches_nPX),
+            torch.from_numpy(pixels_nHWC),
             torch.from_numpy(both_NP[..., None]),
             torch.from_numpy(masked_M),
             torch.from_numpy(weights_M),
         )
         return Collated(inputs, tokens, float((weights_M > 0).sum()))
+
+    def _count(self, pixels: np.ndarray) -> int:
+        """Patches of an image."""
+        return pixels.shape[0] * pixels.shape[1] // self.config.patch**2
 
     def build(self, width: int, attention: str) -> "ImageEncoder":
         """ViT (dense SDPA: all images have one length), its projection and its pixel decoder."""
@@ -230,7 +228,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
 
     def __init__(self, config: ImageConfig, width: int):
         super().__init__()
-        self.pretrained = config.pretrained is not None
+        self.pretrained, self.patch = config.pretrained is not None, config.patch
         self.encoder = _make_vit(config)
         hidden = self.encoder.config.hidden_size
         self.projection = nn.Linear(hidden, width)
@@ -240,7 +238,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
         """(N * (P + 1), hidden): [CLS] and patches of each image."""
         embeddings = self.encoder.embeddings
         convolution = embeddings.patch_embeddings.projection
-        pixels_nPX = _normalise(inputs.patches_nPX, convolution.weight.dtype)
+        pixels_nPX = _normalise(cut(inputs.pixels_nHWC, self.patch), convolution.weight.dtype)
         # A convolution with stride = kernel is a matrix product over patches.
         x_NPD = nn.functional.linear(pixels_nPX, convolution.weight.flatten(1), convolution.bias)
         if inputs.mask_NP1 is not None:
@@ -264,12 +262,20 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
 
     def reconstruct(self, hidden: Tensor, inputs: ImageInput) -> Tensor:
         """L1 of masked patches, mean over a patch's pixels, summed over patches (SimMIM; paper section 3.1)."""
-        rows, patches, pixels = inputs.patches_nPX.shape
+        patches_nPX = cut(inputs.pixels_nHWC, self.patch)
+        rows, patches, _ = patches_nPX.shape
         hidden_MD = hidden.view(2, rows, patches + 1, -1)[1, :, 1:].flatten(0, 1)
         hidden_MD = hidden_MD.index_select(0, inputs.masked_M)
-        target_MX = inputs.patches_nPX.view(-1, pixels).index_select(0, inputs.masked_M)
+        target_MX = patches_nPX.flatten(0, 1).index_select(0, inputs.masked_M)
         error_MX = self.head.decoder(hidden_MD).float() - _normalise(target_MX, torch.float32)
         return (error_MX.abs().mean(1) * inputs.weights_M).sum()
+
+
+def cut(pixels_nHWC: Tensor, patch: int) -> Tensor:
+    """Images -> patches (n, P, X), row by row; a patch's pixels in the order of a convolution's kernel (C, H, W)."""
+    rows, height, width, colours = pixels_nHWC.shape
+    grid = pixels_nHWC.view(rows, height // patch, patch, width // patch, patch, colours)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(rows, -1, colours * patch * patch)
 
 
 def _normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:

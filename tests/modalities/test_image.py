@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lanistr.data.streams import philox
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities import image as image_module
-from lanistr.modalities.image import ImageModality, _decode_jpeg, _random_box
+from lanistr.modalities.image import ImageModality, _decode_jpeg, _random_box, cut
 from lanistr.transforms import MEMBERS, ImageSpec
 
 
@@ -28,14 +29,19 @@ def jpeg(width: int, height: int) -> dict[str, bytes]:
     return {"jpg": buffer.getvalue()}
 
 
-def picture(patches: np.ndarray, size: int = 32, patch: int = 16) -> np.ndarray:
-    side = size // patch
-    return patches.reshape(side, side, 3, patch, patch).transpose(0, 3, 1, 4, 2).reshape(size, size, 3)
-
-
 def test_an_image_of_the_right_size_is_decoded_pixel_by_pixel() -> None:
     members = jpeg(32, 32)
-    assert np.array_equal(picture(modality().decode(members)), np.asarray(Image.open(io.BytesIO(members["jpg"]))))
+    assert np.array_equal(modality().decode(members), np.asarray(Image.open(io.BytesIO(members["jpg"]))))
+
+
+def test_patches_are_squares_of_the_picture_row_by_row() -> None:
+    pixels = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8)
+    patches = cut(pixels, 16)
+    assert patches.shape == (2, 6, 768)
+    for row in range(2):
+        for column in range(3):
+            square = pixels[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            assert torch.equal(patches[:, 3 * row + column], square.permute(0, 3, 1, 2).flatten(1))
 
 
 @pytest.mark.parametrize("size", [(40, 33), (64, 200), (300, 257), (1024, 768)])
@@ -45,7 +51,7 @@ def test_large_images_decoded_at_a_fraction_look_like_the_whole_centre(size: tup
     short = min(size)
     left, top = (size[0] - short) // 2, (size[1] - short) // 2
     whole = image.crop((left, top, left + short, top + short)).resize((32, 32), Image.Resampling.BILINEAR)
-    assert np.abs(picture(modality().decode(members)).astype(int) - np.asarray(whole)).max() <= 12
+    assert np.abs(modality().decode(members).astype(int) - np.asarray(whole)).max() <= 12
 
 
 def test_augmentations_are_off_by_default() -> None:
@@ -64,8 +70,8 @@ def test_an_augmented_image_is_a_function_of_its_key() -> None:
 
 def test_half_of_the_images_are_flipped() -> None:
     flipping, members = modality(flip=0.5), jpeg(32, 32)
-    plain = picture(modality().decode(members))
-    seen = [picture(flipping.decode_augmented(members, philox(i))) for i in range(100)]
+    plain = modality().decode(members)
+    seen = [flipping.decode_augmented(members, philox(i)) for i in range(100)]
     flipped = [np.array_equal(image, plain[:, ::-1]) for image in seen]
     assert all(f or np.array_equal(image, plain) for f, image in zip(flipped, seen, strict=True))
     assert 35 <= sum(flipped) <= 65

@@ -62,12 +62,9 @@ def text_hidden(encoder: Any, sequences: Sequence[np.ndarray]) -> list[Tensor]:
     return [h[: len(s)] for h, s in zip(output.last_hidden_state, sequences, strict=True)]
 
 
-def image_hidden(encoder: Any, patches: Tensor, masks: Tensor) -> list[Tensor]:
-    """Patches (N, P, X) uint8 are put back into pictures for Hugging Face's own patch embedding."""
-    patch = encoder.encoder.config.patch_size
-    side = encoder.encoder.config.image_size // patch
-    pixels = patches.float().view(-1, side, side, 3, patch, patch) / 127.5 - 1
-    pictures = pixels.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, side * patch, side * patch)
+def image_hidden(encoder: Any, pixels: Tensor, masks: Tensor) -> list[Tensor]:
+    """Pixels (N, H, W, C) uint8, through Hugging Face's own patch embedding."""
+    pictures = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     embeddings = encoder.encoder.embeddings
     x = embeddings.patch_embeddings(pictures)
     x = torch.where(masks[..., None], encoder.head.mask_token, x)
@@ -128,13 +125,16 @@ def _text(encoder: Any, _: Any, contents: Any, masks: Any) -> Any:
 
 
 def _image(encoder: Any, _: Any, contents: Any, masks: Any) -> Any:
-    patches, mask = torch.from_numpy(np.stack(contents)), torch.from_numpy(np.stack(masks))
-    clean = image_hidden(encoder, patches, torch.zeros_like(mask))
-    masked = image_hidden(encoder, patches, mask)
+    pixels, mask = torch.from_numpy(np.stack(contents)), torch.from_numpy(np.stack(masks))
+    clean = image_hidden(encoder, pixels, torch.zeros_like(mask))
+    masked = image_hidden(encoder, pixels, mask)
+    patch = encoder.encoder.config.patch_size
     losses = []
-    for h, p, m in zip(masked, patches, mask, strict=True):
+    for h, p, m in zip(masked, pixels, mask, strict=True):
         for position in m.nonzero()[:, 0].tolist():
-            target = p[position].float() / 127.5 - 1
+            row, column = divmod(position, p.shape[1] // patch)
+            square = p[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            target = square.permute(2, 0, 1).flatten().float() / 127.5 - 1
             losses.append((encoder.head.decoder(h[position + 1]) - target).abs().mean())
     return (clean, masked), torch.stack(losses).mean()
 

@@ -109,8 +109,8 @@ def test_special_and_pad_tokens_are_never_masked(length: int, pads: int, seed: i
 @pytest.mark.parametrize("ratio", [0.5, 0.6])
 def test_simmim_masks_exactly_its_share_of_patches_evenly_over_the_image(ratio: float) -> None:
     image = ImageModality("image", {"mask_ratio": ratio}, ImageModality.paper_schema())
-    patches = np.zeros((196, 3), dtype=np.uint8)
-    masks = np.stack([image.corrupt(patches, np.random.default_rng(i)) for i in range(400)])
+    pixels = np.zeros((224, 224, 3), dtype=np.uint8)
+    masks = np.stack([image.corrupt(pixels, np.random.default_rng(i)) for i in range(400)])
     assert (masks.sum(1) == round(196 * ratio)).all()
     assert abs(masks.mean(0) - ratio).max() < 0.13  # five standard deviations of one patch
 

@@ -101,7 +101,7 @@ def test_finite_garbage_in_dummies_changes_nothing_bitwise() -> None:
     task = make_pretrain(modalities)
     garbage = {
         "text": np.array([7]),
-        "image": np.full((1, 192), 255, dtype=np.uint8),
+        "image": np.full((8, 8, 3), 255, dtype=np.uint8),
         "timeseries": Series(np.full((1, 4), 1e3, dtype=np.float32), np.ones((1, 4), dtype=bool)),
     }
     for name, dummy in garbage.items():

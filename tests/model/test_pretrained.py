@@ -55,10 +55,9 @@ def test_vit_over_patches_equals_hugging_face_over_pixels(tmp_path: Path, dtype:
     vit.save_pretrained(tmp_path)
     image = ImageModality("image", {"pretrained": str(tmp_path), "size": 16, "patch": 8}, schema("image"))
     encoder = image.build(16, "sdpa_bucketed").eval().to(dtype)
-    patches = [np.random.default_rng(i).integers(0, 256, (4, 192), dtype=np.uint8) for i in range(3)]
-    hidden = encoder.encode(image.collate(patches, None, [1.0] * 3).inputs)
-    grid = torch.from_numpy(np.stack(patches)).float().view(3, 2, 2, 3, 8, 8) / 127.5 - 1
-    pictures = grid.permute(0, 3, 1, 4, 2, 5).reshape(3, 3, 16, 16)
+    pixels = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(3)]
+    hidden = encoder.encode(image.collate(pixels, None, [1.0] * 3).inputs)
+    pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.testing.assert_close(
         hidden.float(), vit(pixel_values=pictures).last_hidden_state.flatten(0, 1), rtol=allowed, atol=allowed
     )
