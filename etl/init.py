@@ -81,7 +81,9 @@ def _must_be_a_table(raw: Path, name: str) -> None:
 
 def _guess(con: "DuckDBPyConnection", raw: Path, tables: list[Table]) -> Guess:
     series = {t.name: found for t in tables if (found := _series(con, t))}
-    rest = [t for t in tables if t.name not in series]
+    # Dated rows of several owners look like the owners' series; if nothing else is there, a key of its own makes samples.
+    rest = [t for t in tables if t.name not in series] or [t for t in tables if any(c.unique for c in t.of("key"))]
+    series = {name: found for name, found in series.items() if all(name != t.name for t in rest)}
     if not rest:
         raise ValueError(
             "every table looks like a series (several rows per id and time); which one has one row per sample?"
@@ -275,6 +277,7 @@ def _write(con: "DuckDBPyConnection", raw: Path, guess: Guess) -> Iterator[str]:
     yield from _write_id(guess)
     yield from _write_group(guess)
     yield from _write_label(con, guess)
+    yield from _write_time(main)
     if guess.joins:
         yield "  # Tables with one row per value of a column of main."
         yield from ["  join:", *(f"  - {line}" for line in guess.joins)]
@@ -318,6 +321,15 @@ def _write_label(con: "DuckDBPyConnection", guess: Guess) -> Iterator[str]:
     c = main.columns[guess.label]
     yield f"  # {c.name}: named like a label, {c.distinct} classes, {main.rows - c.present:,} rows without one"
     yield f"  label: {_quoted(c.name)}"
+
+
+def _write_time(main: Table) -> Iterator[str]:
+    times = main.of("time")
+    if times:
+        names = ", ".join(c.name for c in times)
+        yield f"  # {names}: timestamps. When was the label of a row known? Name that column here: `split: {{time: ...}}` can"
+        yield "  # cut by it, and `verify --deep` then looks for series that go on after it."
+        yield f"  # time: {_quoted(times[0].name)}"
 
 
 def _write_blocks(con: "DuckDBPyConnection", guess: Guess, main: Table) -> Iterator[str]:

@@ -62,6 +62,8 @@ class SeriesTable(Strict):
         time: column of numbers or timestamps (without a zone: UTC).
         variable, value: columns of a long table.
         values: columns of a wide table, one per variable.
+        absolute: the numbers in ``time`` have the unit and origin of ``source.time``, so that the two can be compared.
+            Timestamps always can; numbers may as well be steps or hours since an admission.
     """
 
     table: str
@@ -70,6 +72,7 @@ class SeriesTable(Strict):
     variable: str | None = None
     value: str | None = None
     values: list[str] | None = Field(default=None, min_length=1)
+    absolute: bool = False
 
     @model_validator(mode="after")
     def _long_or_wide(self) -> "SeriesTable":
@@ -91,6 +94,8 @@ class TableSource(Strict):
         group: column whose values never straddle splits (a patient, a customer); ``id`` where absent.
         group_chars: only so many first characters of the group tell groups apart.
         label: column with the class; a null is an unlabelled sample.
+        time: column of numbers or timestamps (without a zone: UTC): when the prediction is made, or the label of the row
+            became known. ``split.time`` cuts by it, and no point of the series may be later (`etl verify --deep`).
         keep: column -> values: other rows of ``main`` are left out, and counted; null stands for a missing value.
         join: side tables.
         image: template of an image's path, for example ``photos/{product_id}.jpg`` or ``{path}``; its fields are columns.
@@ -103,11 +108,23 @@ class TableSource(Strict):
     group: str | None = None
     group_chars: int | None = Field(default=None, ge=1)
     label: str | None = None
+    time: str | None = None
     keep: dict[str, list[str | None]] = {}
     join: list[SideTable] = []
     text: TextTable | None = None
     image: str | None = None
     series: SeriesTable | Annotated[list[SeriesTable], Field(min_length=1)] | None = None
+
+    @property
+    def series_tables(self) -> list[SeriesTable]:
+        """``series`` as a list."""
+        return self.series if isinstance(self.series, list) else [self.series] if self.series else []
+
+    @model_validator(mode="after")
+    def _absolute_needs_time(self) -> "TableSource":
+        if self.time is None and any(table.absolute for table in self.series_tables):
+            raise ValueError("series.absolute compares with source.time: name that column, or leave absolute out")
+        return self
 
     @field_validator("image")
     @classmethod
@@ -387,6 +404,8 @@ class Recipe(Strict):
             raise ValueError(f"require names {', '.join(absent)}, but the recipe has no such block")
         for name in self.modalities:
             self._check_source(name)
+        if self.split.time and isinstance(self.source, TableSource) and self.source.time is None:
+            raise ValueError("split.time cuts by time: name a column in source.time")
         return self
 
     def _check_source(self, modality: Modality) -> None:

@@ -4,9 +4,9 @@ Table ``samples``: row_id, grp, label, text, image (path relative to the raw fol
 texts, _file, _row. Table ``series``: row_id, time, variable, value; empty without series. Nulls are missing; on a grid,
 a point without a value says that the series reaches to its time.
 
-A source that knows times adds, as doubles in seconds since 1970: ``time``, when the prediction is made or the label becomes
-known (``split.time`` cuts by it), and ``t:<modality>``, when the latest part of that modality became known. No ``t:`` may
-exceed ``time``: `etl verify --deep` proves it.
+A source that knows times adds, as doubles in seconds since 1970 (source ``table``: or in the numbers' own unit): ``time``,
+when the prediction is made or the label becomes known (``split.time`` cuts by it), and ``t:<modality>``, when the latest
+part of that modality became known. No ``t:`` may exceed ``time``: `etl verify --deep` proves it.
 """
 
 from dataclasses import dataclass, field

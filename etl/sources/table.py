@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from etl.ingest import cast_number, column_names, load
 from etl.quarantine import Quarantine, column, literal
 from etl.raw import RawTable
-from etl.recipe import Recipe, SeriesTable, TableSource
+from etl.recipe import Recipe, TableSource
 from etl.sources import table_series
 from etl.sources.samples import Samples
+from etl.sources.table_time import TimeKind, read_time
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -20,15 +21,10 @@ def as_list(value: "str | list[str] | None") -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-def series_tables(source: TableSource) -> list[SeriesTable]:
-    """The series tables of a source."""
-    return source.series if isinstance(source.series, list) else [source.series] if source.series else []
-
-
 def raw_files(source: TableSource) -> list[str]:
     """Raw tables that the source reads."""
     side = [source.text.table] if source.text and source.text.table else []
-    names = [*as_list(source.main), *(j.table for j in source.join), *side, *(s.table for s in series_tables(source))]
+    names = [*as_list(source.main), *(j.table for j in source.join), *side, *(s.table for s in source.series_tables)]
     return list(dict.fromkeys(names))
 
 
@@ -50,14 +46,19 @@ def read(
     for side in source.join:
         counts |= _join(con, quarantine, files, side.table, side.on, side.id or side.on, side.columns)
     selected = _columns(con, quarantine, source, recipe, numeric, categorical)
+    time = read_time(con, quarantine, as_list(source.main)[0], "main", source.time) if source.time else None
+    selected += [f"{time.sql} as time"] if time else []
     con.execute(f"create table samples as select {', '.join(selected)}, _file, _row from main")
     con.execute("drop table main")
     if source.text and source.text.table and recipe.text:
         counts |= _join_text(con, quarantine, files, source)
     if recipe.image:
         counts["images named"] = _count(con, "samples where image is not null")
-    tables = series_tables(source) if recipe.timeseries else []
-    counts |= table_series.read(con, quarantine, files, tables)
+    tables = source.series_tables if recipe.timeseries else []
+    series_counts, kinds = table_series.read(con, quarantine, files, tables)
+    counts |= series_counts
+    if tables and time and time.kind and _same_clock(source, time.kind, kinds):
+        _add_latest_point(con, recipe)
     rows = con.execute("select distinct label from samples where label is not null order by 1").fetchall()
     group = source.group or ", ".join(as_list(source.id))
     return Samples(numeric, categorical, [row[0] for row in rows], group, counts)
@@ -71,7 +72,7 @@ def _main_columns(source: TableSource, recipe: Recipe, numeric: list[str], categ
     """Columns that the main tables must have: all that are named, less what is joined."""
     text = source.text.columns if source.text and not source.text.table and recipe.text else []
     fields = [f for _, f, _, _ in string.Formatter().parse(source.image or "") if f] if recipe.image else []
-    named = [*as_list(source.id), source.group, source.label, *numeric, *categorical, *text, *fields]
+    named = [*as_list(source.id), source.group, source.label, source.time, *numeric, *categorical, *text, *fields]
     joined = [name for side in source.join for name in side.columns]
     twice = [name for name in joined if joined.count(name) > 1]
     if twice:
@@ -239,3 +240,34 @@ def _join_text(
     con.execute("drop table side")
     con.execute("drop table texts")
     return {f"rows of {name}": n}
+
+
+def _same_clock(source: TableSource, own: TimeKind, kinds: list[TimeKind | None]) -> bool:
+    """Whether the times of all series tables can be held against the samples' own.
+
+    Raises:
+        ValueError: a table that the recipe calls absolute has times of another kind.
+    """
+    tables = source.series_tables
+    for table, kind in zip(tables, kinds, strict=True):
+        if table.absolute and kind not in (own, None):
+            raise ValueError(
+                f"source.series: {table.table} is called absolute, but its {table.time!r} holds {kind} and source.time "
+                f"({source.time!r}) {own}: give both the same kind, or leave absolute out"
+            )
+    return all(
+        kind in (own, None) and (own == "timestamps" or table.absolute)
+        for table, kind in zip(tables, kinds, strict=True)
+    )
+
+
+def _add_latest_point(con: "DuckDBPyConnection", recipe: Recipe) -> None:
+    """``t:timeseries``: the time of a sample's last point, of the variables that are built."""
+    assert recipe.timeseries
+    wanted = recipe.timeseries.variables
+    built = f"where variable in ({', '.join(map(literal, wanted))})" if wanted else ""
+    con.execute('alter table samples add column "t:timeseries" double')
+    con.execute(
+        f'update samples set "t:timeseries" = last.time from (select row_id, max(time) as time from series {built} '
+        "group by row_id) as last where last.row_id = samples.row_id"
+    )

@@ -6,6 +6,7 @@ from etl.ingest import cast_number, load
 from etl.quarantine import Quarantine, column, literal
 from etl.raw import RawTable
 from etl.recipe import SeriesTable
+from etl.sources.table_time import TimeKind, time_column
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -13,45 +14,45 @@ if TYPE_CHECKING:
 
 def read(
     con: "DuckDBPyConnection", quarantine: Quarantine, files: dict[str, RawTable], tables: list[SeriesTable]
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[TimeKind | None]]:
     """Make ``series`` from all tables; needs ``samples``. A point that is there twice is kept once.
 
     Returns:
-        Rows read, by table.
+        Rows read, by table; and what each table's times are (None: it has none).
     """
     con.execute(
         "create table points (row_id varchar, time double, variable varchar, value double, _file varchar, _row bigint)"
     )
     counts: dict[str, int] = {}
+    kinds: list[TimeKind | None] = []
     for table in tables:
         key = [table.id] if isinstance(table.id, str) else table.id
         values = table.values or [str(table.value)]
         needed = [*key, table.time, *([table.variable] if table.variable else []), *values]
         n = load(con, quarantine, files[table.table], "arrived", list(dict.fromkeys(needed)))
         counts[f"rows of {table.table}"] = n
-        _drop_unusable(con, quarantine, table, key)
+        kinds.append(_drop_unusable(con, quarantine, table, key))
         for name in values:
             _add_points(con, quarantine, table, name)
         con.execute("drop table arrived")
         con.execute("drop table timed")
     _drop_repeats(con, quarantine)
-    return counts
+    return counts, kinds
 
 
-def _drop_unusable(con: "DuckDBPyConnection", quarantine: Quarantine, table: SeriesTable, key: list[str]) -> None:
+def _drop_unusable(
+    con: "DuckDBPyConnection", quarantine: Quarantine, table: SeriesTable, key: list[str]
+) -> TimeKind | None:
     """``timed``: the rows whose id, time and variable are usable, with ``_id`` and ``_time``."""
     identity = column(key[0]) if len(key) == 1 else f"nullif(concat_ws('|', {', '.join(map(column, key))}), '')"
     text = column(table.time)
-    number = f"case when not contains({text}, '_') and isfinite(try_cast({text} as double)) then try_cast({text} as double) end"
-    stamp = f"epoch(try_cast({text} as timestamptz))"
-    numbers, stamps = con.execute(f"select count({number}), count({stamp}) from arrived").fetchall()[0]
-    wanted, other = (number, stamp) if numbers >= stamps else (stamp, number)
+    time = time_column(con, "arrived", table.time)
     variable = f"when {column(table.variable)} is null then 'no variable' " if table.variable else ""
     con.execute(
-        f"create table timed as select *, {identity} as _id, {wanted} as _time, case "
+        f"create table timed as select *, {identity} as _id, {time.sql} as _time, case "
         f"when {identity} is null or {identity} not in (select row_id from samples) then 'unknown id' "
-        f"when {text} is null then 'no time' when {wanted} is null and {other} is not null then 'time: numbers and dates mixed' "
-        f"when {wanted} is null then 'not a time' {variable}end as _reason from arrived"
+        f"when {text} is null then 'no time' when {time.sql} is null and {time.other} is not null then 'time: numbers and dates mixed' "
+        f"when {time.sql} is null then 'not a time' {variable}end as _reason from arrived"
     )
     quarantine.add(
         table.table,
@@ -59,6 +60,7 @@ def _drop_unusable(con: "DuckDBPyConnection", quarantine: Quarantine, table: Ser
         "where _reason is not null",
     )
     con.execute("delete from timed where _reason is not null")
+    return time.kind
 
 
 def _add_points(con: "DuckDBPyConnection", quarantine: Quarantine, table: SeriesTable, name: str) -> None:
