@@ -19,8 +19,9 @@ from etl.ingest import connect
 from etl.lake import say, whole_file
 from etl.quarantine import Quarantine
 from etl.raw import register
-from etl.recipe import AmazonSource, Recipe
+from etl.recipe import Recipe
 from etl.sources import amazon2018
+from etl.sources.models import AmazonSource
 
 STATUS = "_status.parquet"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from etl.ingest import cast_number, load
 from etl.quarantine import Quarantine, column, literal
 from etl.raw import RawTable
-from etl.recipe import AmazonSource, Recipe
+from etl.recipe import Recipe
+from etl.sources.models import AmazonSource
 from etl.sources.samples import Samples
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from etl.ingest import cast_number
 from etl.quarantine import Quarantine, column
 from etl.raw import RawTable
-from etl.recipe import MimicSource, Recipe
+from etl.recipe import Recipe
 from etl.sources.mimic import cohort, documents, series
 from etl.sources.mimic.tables import count
 from etl.sources.mimic.variables import layout
+from etl.sources.models import MimicSource
 from etl.sources.samples import Samples
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from etl.ingest import cast_number, column_names, load
 from etl.quarantine import Quarantine, column, literal
 from etl.raw import RawTable
-from etl.recipe import Recipe, TableSource
+from etl.recipe import Recipe
 from etl.sources import table_series
+from etl.sources.models import TableSource
 from etl.sources.samples import Samples
 from etl.sources.table_time import TimeKind, read_time
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from etl.ingest import cast_number, load
 from etl.quarantine import Quarantine, column, literal
 from etl.raw import RawTable
-from etl.recipe import SeriesTable
+from etl.sources.models import SeriesTable
 from etl.sources.table_time import TimeKind, time_column
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from etl.__main__ import main
 from etl.build import build
 from etl.fetch import Failed, Fetcher, Limits, check_image, checked_url
 from etl.images import fetch_images, wanted_images
-from etl.recipe import AmazonSource, Recipe
+from etl.recipe import Recipe
+from etl.sources.models import AmazonSource
 from lanistr.manifest import Manifest
 
 DATA = Path(os.environ.get("LANISTR_DATA", Path(__file__).resolve().parents[2] / ".." / "shared" / "data"))

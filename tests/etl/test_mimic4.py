@@ -19,6 +19,7 @@ from etl.ingest import connect, load
 from etl.quarantine import Quarantine
 from etl.raw import register
 from etl.sources.mimic.variables import benchmark_variables, itemids, layout
+from etl.sources.models import MimicSource
 from lanistr.manifest import Manifest, sample_key
 from lanistr.transforms import load_tokenizer, read_npy
 from tests.etl import mimic_oracle
@@ -311,7 +312,7 @@ def test_the_packaged_table_is_the_benchmarks() -> None:
 
 def test_there_are_59_value_channels_and_17_flags_in_17_groups() -> None:
     source = recipe_of().source
-    assert isinstance(source, recipes.MimicSource)
+    assert isinstance(source, MimicSource)
     made = layout(source)
     assert len(made.channels) == len(set(made.channels)) == len(made.grid.normal) == 76
     assert [group[-1] for group in made.groups] == list(range(59, 76))

@@ -7,8 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl.recipe import MimicSource
 from etl.sources.mimic.documents import join_pool
+from etl.sources.models import MimicSource
 
 START = datetime(2150, 1, 1)
 ALIGN_MINUTES = 180

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from etl.ingest import load
 from etl.quarantine import Quarantine
 from etl.raw import RawTable
-from etl.recipe import MimicSource
 from etl.sources.mimic.tables import count, parse_times, set_aside
+from etl.sources.models import MimicSource
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

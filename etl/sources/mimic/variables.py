@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from etl.quarantine import literal
-from etl.recipe import MimicSource
+from etl.sources.models import MimicSource
 from etl.sources.samples import SeriesLayout
 from lanistr.manifest import Strict
 from lanistr.transforms import SeriesGrid
