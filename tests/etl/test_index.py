@@ -55,7 +55,7 @@ def test_foreign_tars_are_indexed_where_they_are_and_read(tmp_path: Path) -> Non
         sample = data.read(i)
         assert bool(sample.presence) == bool(i % 5)
         if i % 5:
-            assert abs(int(sample.contents["image"][0, 0]) - 20 * (i % 10)) <= 2  # the red of the first pixel
+            assert abs(int(sample.contents["image"][0, 0, 0]) - 20 * (i % 10)) <= 2  # the red of the first pixel
 
 
 def test_what_training_cannot_read_is_one_line_or_left_out_on_request(

@@ -79,7 +79,7 @@ def test_unimodal_classifiers_are_taught_by_the_samples_that_have_the_modality()
             own_C = task.unimodal[name](own)
             torch.testing.assert_close(logits[f"cls_{name}"][i], own_C)
             if batch.labels_B[i] >= 0:
-                expected += float(-own_C.log_softmax(0)[batch.labels_B[i]])
+                expected -= own_C.log_softmax(0)[batch.labels_B[i]].item()
         assert float(totals[f"cls_{name}"]) == pytest.approx(expected, rel=1e-5)
         assert batch.counts[f"cls_{name}"] == sum(name in p for p in presence[:3])
     summed = task.classifier(task.model(batch)[0].index_select(0, batch.fusion.cls_S))
