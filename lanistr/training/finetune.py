@@ -9,7 +9,7 @@ import torch
 
 from lanistr.batch import to_device
 from lanistr.config import FinetuneConfig, Recipe
-from lanistr.data.loader import Collator, TrainLoader, eval_batches
+from lanistr.data.loader import Collator, eval_batches
 from lanistr.data.reader import GoldDataset, load_manifest, open_split
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
@@ -19,7 +19,7 @@ from lanistr.training import distributed
 from lanistr.training.checkpoint import WEIGHTS, save_weights
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.loop import train
-from lanistr.training.run import check_run, describe_run
+from lanistr.training.run import check_run, describe_run, train_loader
 from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,7 @@ def finetune(
     """
     config = recipe.finetune
     if source is None and config.freeze == "encoders":
-        untrained = [name for name, block in recipe.model.modalities.items() if not block.get("pretrained")]
-        if untrained:
-            raise ValueError(
-                "--from none with finetune.freeze=encoders would freeze encoders that were never trained: "
-                f"{', '.join(untrained)}; give finetune.freeze=none, or a run"
-            )
+        _refuse_scratch(recipe)
     manifest = load_manifest(data, recipe.data)
     if not manifest.labels:
         raise ValueError(f"{data}: dataset {manifest.name} has no labels")
@@ -131,21 +126,8 @@ def finetune(
         pretrained_weights(source)  # fails before anything heavy starts
     rank, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
-    loader = TrainLoader(
-        dataset,
-        Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout),
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        max_tokens=config.max_tokens,
-        ranks=world,
-        rank=rank,
-        seed=config.seed,
-        grouping=recipe.data.grouping,
-        workers=recipe.data.workers,
-        window=recipe.data.window,
-        max_bad=recipe.data.max_bad,
-        positions=dataset.labelled(labels, config.seed),
-    )
+    collator = Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout)
+    loader = train_loader(dataset, collator, recipe.data, config, dataset.labelled(labels, config.seed))
     val = open_split(data, "val", modalities, recipe.data)
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
@@ -169,6 +151,15 @@ def finetune(
         summary = {"task": "finetune", "steps": steps, "val_accuracy": keeper.best[0]}
         (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     distributed.shutdown()
+
+
+def _refuse_scratch(recipe: Recipe) -> None:
+    untrained = [name for name, block in recipe.model.modalities.items() if not block.get("pretrained")]
+    if untrained:
+        raise ValueError(
+            "--from none with finetune.freeze=encoders would freeze encoders that were never trained: "
+            f"{', '.join(untrained)}; give finetune.freeze=none, or a run"
+        )
 
 
 def make_task(recipe: Recipe, manifest: Manifest, device: str, precision: str = "float32") -> Finetune:

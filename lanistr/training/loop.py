@@ -2,16 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from lanistr.batch import Batch
 from lanistr.config import OptimizerConfig
 from lanistr.data.loader import TrainLoader
 from lanistr.training import distributed
 from lanistr.training.checkpoint import resume, save_checkpoint
-from lanistr.training.engine import Engine
+from lanistr.training.engine import Engine, StepResult
 from lanistr.training.monitor import Monitor
 from lanistr.training.schedule import lr_at
 
@@ -68,9 +69,7 @@ def train(
         torch.manual_seed(hash((config.seed, step, distributed.rank())))
         lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
         result = engine.train_step(micro_batches, lr)
-        if not abs(result.loss) < float("inf"):
-            keys = ", ".join(key for batch in micro_batches for key in batch.keys)
-            raise ValueError(f"step {step}: loss is {result.loss}; terms {result.terms}; samples of this rank: {keys}")
+        _stop_if_not_finite(step, result, micro_batches)
         monitor.record(step, lr, result, micro_batches, waited)
         step += 1
         stop = after_step(step) if after_step else False
@@ -85,3 +84,9 @@ def train(
             "%d bad samples were replaced on all ranks; their keys and reasons are in the log above", replaced
         )
     return step
+
+
+def _stop_if_not_finite(step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+    if not abs(result.loss) < float("inf"):
+        keys = ", ".join(key for batch in micro_batches for key in batch.keys)
+        raise ValueError(f"step {step}: loss is {result.loss}; terms {result.terms}; samples of this rank: {keys}")

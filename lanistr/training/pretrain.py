@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lanistr.config import Recipe
-from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.loader import Collator
 from lanistr.data.mixing import MixedDataset
 from lanistr.data.reader import load_manifest, open_split
 from lanistr.modalities import make_modalities
@@ -13,7 +13,7 @@ from lanistr.tasks import Pretrain
 from lanistr.training import distributed
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.loop import total_steps, train
-from lanistr.training.run import check_run, describe_run
+from lanistr.training.run import check_run, describe_run, train_loader
 from lanistr.training.validation import Validator
 
 
@@ -27,26 +27,13 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
     manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
     resuming = check_run(run, resuming)
-    rank, world, _ = distributed.world_from_environment()
+    _, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
     if recipe.data.mix:
         others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
         dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
     collator = Collator(modalities, views=2, seed=config.seed)
-    loader = TrainLoader(
-        dataset,
-        collator,
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        max_tokens=config.max_tokens,
-        ranks=world,
-        rank=rank,
-        seed=config.seed,
-        grouping=recipe.data.grouping,
-        workers=recipe.data.workers,
-        window=recipe.data.window,
-        max_bad=recipe.data.max_bad,
-    )
+    loader = train_loader(dataset, collator, recipe.data, config)
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)

@@ -7,9 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from lanistr.config import Recipe
+from lanistr.config import DataConfig, OptimizerConfig, Recipe
+from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.mixing import MixedDataset
+from lanistr.data.reader import GoldDataset
 from lanistr.manifest import Manifest
 from lanistr.training import distributed
 from lanistr.training.checkpoint import find_latest
@@ -35,6 +39,42 @@ def check_run(run: Path, resuming: bool) -> bool:
     if found and not resuming:
         raise ValueError(f"{run} has a checkpoint of step {found.step}: give --resume auto, or another --run")
     return found is not None
+
+
+def train_loader(
+    dataset: GoldDataset | MixedDataset,
+    collator: Collator,
+    data: DataConfig,
+    config: OptimizerConfig,
+    positions: np.ndarray | None = None,
+) -> TrainLoader:
+    """This rank's loader, as the recipe says.
+
+    Args:
+        dataset: the train split, or a mix of several.
+        collator: makes batches.
+        data, config: blocks of the recipe.
+        positions: a subset of the split (None = all of it).
+
+    Raises:
+        ValueError: as `TrainLoader` does.
+    """
+    rank, world, _ = distributed.world_from_environment()
+    return TrainLoader(
+        dataset,
+        collator,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        max_tokens=config.max_tokens,
+        ranks=world,
+        rank=rank,
+        seed=config.seed,
+        grouping=data.grouping,
+        workers=data.workers,
+        window=data.window,
+        max_bad=data.max_bad,
+        positions=positions,
+    )
 
 
 def describe_run(
