@@ -10,13 +10,24 @@ MIN_MEMORY = 200 * 10**6
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a user's mistake)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         arguments.run(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes ``key=value`` only straight after the recipe; people write it at the end, as for the launchers."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
