@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """argparse takes ``key=value`` only straight after the recipe; people write it at the end, as for the launchers."""
+    """Argparse takes ``key=value`` only straight after the recipe; people write it at the end, as for the launchers."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
