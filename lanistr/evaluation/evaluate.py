@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lanistr.config import load_recipe
 from lanistr.data.reader import load_manifest, open_split
-from lanistr.evaluation.metrics import evaluate_classification
+from lanistr.evaluation.metrics import METRICS, Metric
+from lanistr.evaluation.statistics import estimate
 from lanistr.modalities import make_modalities
 from lanistr.training.checkpoint import WEIGHTS, load_weights
 from lanistr.training.finetune import make_task, predict
@@ -44,9 +46,14 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
         "n": len(labels),
         "labels": identity["n_labels"],
         "from": identity["from"],
-        "metrics": evaluate_classification(probabilities, labels),
+        "metrics": {name: _rounded(metric, probabilities, labels) for name, metric in METRICS["class"].items()},
     }
     temporary = run / ".metrics.json.tmp"
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, run / "metrics.json")
     return result
+
+
+def _rounded(metric: Metric, outputs: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    found = estimate(metric, [outputs], truth)
+    return {"value": found.value, "ci95": [found.low, found.high]}

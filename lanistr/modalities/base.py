@@ -148,7 +148,11 @@ class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
 
     def project(self, hidden: Tensor, inputs: InputT) -> Tensor:
         """Tokens of the fusion width: as many as `Collated.token_counts` says, in the order of the collated rows."""
-        return self.projection(hidden)
+        return self.projection(self.entering(hidden, inputs))
+
+    def entering(self, hidden: Tensor, inputs: InputT) -> Tensor:
+        """The hidden states of the tokens that enter fusion; by default all."""
+        return hidden
 
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated layers, which `torch.compile` compiles one by one."""

@@ -196,9 +196,9 @@ class TextEncoder(ModalityEncoder[TextInput]):
         )
         return output.last_hidden_state[0]
 
-    def project(self, hidden: Tensor, inputs: TextInput) -> Tensor:
-        """Tokens of the fusion width: all, or one per sequence."""
-        return self.projection(hidden if inputs.first_S is None else hidden.index_select(0, inputs.first_S))
+    def entering(self, hidden: Tensor, inputs: TextInput) -> Tensor:
+        """All tokens, or one per sequence."""
+        return hidden if inputs.first_S is None else hidden.index_select(0, inputs.first_S)
 
     def blocks(self) -> Iterable[nn.Module]:
         """BERT's layers."""
