@@ -104,6 +104,7 @@ def _finish(plan: Plan, reports: Sequence[Report], lake: Path, max_bad: float) -
         modalities=plan.modalities,
         tokenizer=plan.tokenizer,
         labels=plan.labels,
+        target=plan.target,
         split_rule=plan.split_rule,
         fit=plan.fit,
         private=Recipe.model_validate(plan.recipe).is_private,

@@ -10,7 +10,7 @@ import polars as pl
 
 from etl.members import Members
 from etl.summary import IDENTIFYING, Summary, in_full
-from lanistr.manifest import ModalitySchema
+from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.transforms import MISSING_ID, SeriesSpec, TabularSpec, load_tokenizer
 
 MAX_TEXT = 400
@@ -27,7 +27,7 @@ def cards(summary: Summary, wanted: int) -> Iterator[str]:
     tokenizer = load_tokenizer(summary.gold / manifest.tokenizer.file) if manifest.tokenizer else None
     with Members(summary.gold) as members:
         for i, row in enumerate(chosen.iter_rows(named=True), 1):
-            label = manifest.labels[row["label"]] if row["label"] >= 0 else "unlabelled"
+            label = label_text(manifest, row)
             parts = []
             for name, schema in manifest.modalities.items():
                 if not row["presence"] & manifest.bit(name):
@@ -36,6 +36,18 @@ def cards(summary: Summary, wanted: int) -> Iterator[str]:
                     parts.append(DRAW[schema.kind](row, schema, members, tokenizer, summary.redact))
             title = f"sample {i}" if summary.redact else row["key"]
             yield f"<article><h3>{title}</h3><p class=sub>{row['split']}, {escape(label)}</p>{''.join(parts)}</article>"
+
+
+def label_text(manifest: Manifest, row: dict[str, Any]) -> str:
+    """What is known of a sample's target, for people."""
+    if row["label"] < 0:
+        return "unlabelled"
+    if manifest.target == "class":
+        return manifest.labels[row["label"]]
+    pairs = [(name, value) for name, value in zip(manifest.labels, row["target"], strict=True) if not np.isnan(value)]
+    if manifest.target == "multilabel":
+        return ", ".join(name for name, value in pairs if value) or "none of the labels"
+    return ", ".join(f"{name} {value:g}" for name, value in pairs)
 
 
 def _text(row: dict[str, Any], schema: ModalitySchema, members: Members, tokenizer: Any, redact: bool) -> str:

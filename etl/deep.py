@@ -67,8 +67,13 @@ def _header(row: Mapping[str, Any], members: Members, manifest: Manifest) -> Non
     header = json.loads(members.read(row, "json"))
     present = [name for name in manifest.modalities if row["presence"] & manifest.bit(name)]
     expected = {"label": row["label"], "group": row["group_hash"], "modalities": present}
+    if manifest.target != "class":
+        header = header | {"target": [np.float32(np.nan if x is None else x) for x in header.get("target", [])]}
+        _must(np.array_equal(header["target"], row["target"], equal_nan=True), "its target is not the index's")
+        _must(len(row["target"]) in (0, len(manifest.labels)), f"{len(row['target'])} numbers in its target")
     _must({k: header.get(k) for k in expected} == expected, f"its .json says {header}, the index {expected}")
-    _must(-1 <= row["label"] < len(manifest.labels), f"label {row['label']} of {len(manifest.labels)} classes")
+    classes = len(manifest.labels) if manifest.target == "class" else 1
+    _must(-1 <= row["label"] < classes, f"label {row['label']} of {len(manifest.labels)} classes")
 
 
 def _must(condition: Any, message: str) -> None:

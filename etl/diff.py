@@ -101,12 +101,19 @@ def _by_mask(samples: "pl.DataFrame", manifest: Manifest) -> dict[str, int]:
 def _contents(samples: "pl.DataFrame", manifest: Manifest) -> dict[str, tuple[Any, ...]]:
     """Key -> split, label name and the sorted (member, crc32) that are there."""
     members = [member for schema in manifest.modalities.values() for member in schema.stored]
-    columns = ["key", "split", "label", *(f"{field}/{m}" for m in members for field in ("offset", "crc32"))]
+    label = "label" if manifest.target == "class" else "target"
+    columns = ["key", "split", label, *(f"{field}/{m}" for m in members for field in ("offset", "crc32"))]
     found = {}
     for key, split, label, *rest in samples.select(columns).iter_rows():
         crcs = [(m, rest[2 * i + 1]) for i, m in enumerate(members) if rest[2 * i] >= 0]
-        found[key] = (split, manifest.labels[label] if 0 <= label < len(manifest.labels) else "", sorted(crcs))
+        found[key] = (split, _name(manifest, label), sorted(crcs))
     return found
+
+
+def _name(manifest: Manifest, label: Any) -> str:
+    if manifest.target != "class":
+        return str(label)
+    return manifest.labels[label] if 0 <= label < len(manifest.labels) else ""
 
 
 def _counts(head: str, a: dict[str, int], b: dict[str, int]) -> str:

@@ -31,7 +31,8 @@ class RawSample:
     """A row of the silver tables.
 
     Attributes:
-        label: class id, -1 = unlabelled.
+        label: class id, -1 = unlabelled; 0 where ``target`` says what.
+        target: the numbers of a multi-label target or a regression, None = unknown; empty with classes, or unlabelled.
         row: tabular values by column.
         series: points (time, variable, value), by time.
     """
@@ -45,6 +46,7 @@ class RawSample:
     series: list[Point]
     source_file: str
     source_row: int
+    target: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Encoder:
             found[name] = members
             lengths[name] = _length(members)
         present = [name for name, members in found.items() if members]
-        header = {"label": raw.label, "group": raw.group_hash, "modalities": present}
+        header: dict[str, Any] = {"label": raw.label, "group": raw.group_hash, "modalities": present}
+        if raw.target:
+            header["target"] = list(raw.target)
         members = {
             "json": json.dumps(header).encode(),
             **{m: b for f in found.values() for m, b in f.items()},

@@ -50,6 +50,8 @@ def index(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is there already; give another --out")
     parent = Manifest.load(like) if like else None
+    if parent and parent.target != "class":
+        raise ValueError(f"--like {like}: its target is {parent.target}; foreign tars can carry a class only")
     image = ModalitySchema(kind="image", members=MEMBERS["image"], spec=ImageSpec(size=size).model_dump())
     schemas = parent.modalities if parent else {"image": image}
     scan = _Scan(schemas, set(ignore))

@@ -13,7 +13,7 @@ from etl.lake import whole_file, work_folder
 from etl.recipe import Recipe
 from etl.silver import Task
 from etl.tasks import Job
-from lanistr.manifest import ModalitySchema, Strict, Tokenizer
+from lanistr.manifest import ModalitySchema, Strict, Target, Tokenizer
 from lanistr.transforms import SPECS
 
 PLAN = "plan.json"
@@ -34,6 +34,7 @@ class Plan(Strict):
     modalities: dict[str, ModalitySchema]
     tokenizer: Tokenizer | None
     labels: list[str]
+    target: Target = "class"
     numeric: list[str]
     categorical: list[str]
     split_rule: dict[str, Any]
@@ -63,6 +64,7 @@ class Plan(Strict):
             ),
             schemas=self.modalities,
             labels=tuple(self.labels),
+            target=self.target,
             numeric=tuple(self.numeric),
             categorical=tuple(self.categorical),
             require=tuple(recipe.require),

@@ -51,7 +51,10 @@ def _rows(con: "DuckDBPyConnection", manifest: Manifest, index: pl.DataFrame) ->
     """Every sample of gold is a row of silver, in the same split and group, with the same label."""
     group = f"left(sha256({literal(manifest.name + '|')} || grp), 16)"
     rows = con.sql(f"select {_key(manifest)} as key, {group} as group_hash, split, label from samples").pl()
-    labels = pl.DataFrame({"label": [*range(len(manifest.labels)), -1], "name": [*manifest.labels, None]})
+    names = manifest.labels if manifest.target == "class" else ["known"]
+    labels = pl.DataFrame({"label": [*range(len(names)), -1], "name": [*names, None]})
+    if manifest.target != "class":
+        rows = rows.with_columns(pl.when(pl.col("label").is_not_null()).then(pl.lit("known")).alias("label"))
     ours = index.select("key", "group_hash", "split", pl.col("label").cast(pl.Int64))
     ours = ours.join(labels.cast({"label": pl.Int64, "name": pl.String}), on="label")
     both = ours.join(rows, on="key", suffix="_silver")

@@ -207,6 +207,8 @@ class Recipe(Strict):
             self._check_source(name)
         if self.split.time and isinstance(self.source, TableSource) and self.source.time is None:
             raise ValueError("split.time cuts by time: name a column in source.time")
+        if self.split.stratify and isinstance(self.source, TableSource) and self.source.target != "class":
+            raise ValueError(f"split.stratify cuts within each class: source.target is {self.source.target}")
         return self
 
     def _check_source(self, modality: Modality) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from etl.encoder import EncodedSample
 from etl.lake import whole_file
-from lanistr.manifest import ModalitySchema, Shard, index_columns
+from lanistr.manifest import ModalitySchema, Shard, Target, index_columns
 from lanistr.transforms import read_npy
 
 FORMAT = 1  # raise it when the same samples would give other bytes: finished tasks are then made anew
@@ -41,7 +41,13 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def write_shards(
-    gold: Path, split: str, stem: str, samples: Iterable[EncodedSample], schemas: dict[str, ModalitySchema], size: int
+    gold: Path,
+    split: str,
+    stem: str,
+    samples: Iterable[EncodedSample],
+    schemas: dict[str, ModalitySchema],
+    size: int,
+    target: Target = "class",
 ) -> Iterator[Shard]:
     """Write a stream of samples as shards of ``size`` samples; no more than one sample is held at a time.
 
@@ -52,15 +58,21 @@ def write_shards(
         samples: in order.
         schemas: in bit order.
         size: samples per shard.
+        target: of the manifest.
     """
     iterator = iter(samples)
     for number, first in enumerate(iterator):
         part = chain([first], islice(iterator, size - 1))
-        yield write_shard(gold, split, stem.format(f"{number:05d}"), part, schemas)
+        yield write_shard(gold, split, stem.format(f"{number:05d}"), part, schemas, target)
 
 
 def write_shard(
-    gold: Path, split: str, stem: str, samples: Iterable[EncodedSample], schemas: dict[str, ModalitySchema]
+    gold: Path,
+    split: str,
+    stem: str,
+    samples: Iterable[EncodedSample],
+    schemas: dict[str, ModalitySchema],
+    target: Target = "class",
 ) -> Shard:
     """Write one tar and its index, tar first; each appears whole or not at all."""
     path, index = f"{split}/{stem}.tar", f"{split}/{stem}.parquet"
@@ -87,18 +99,20 @@ def write_shard(
         n=len(rows),
         bytes=position + 2 * BLOCK,
         sha256=digest.hexdigest(),
-        index_sha256=write_index(gold / index, rows, schemas),
+        index_sha256=write_index(gold / index, rows, schemas, target),
         n_by_mask={str(mask): masks[mask] for mask in sorted(masks)},
     )
 
 
-def write_index(path: Path, rows: list[dict[str, Any]], schemas: dict[str, ModalitySchema]) -> str:
+def write_index(
+    path: Path, rows: list[dict[str, Any]], schemas: dict[str, ModalitySchema], target: Target = "class"
+) -> str:
     """Write the index Parquet of a shard; returns its sha256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {"string": pa.string(), "list<float32>": pa.list_(pa.float32())}
-    fields = [(name, types.get(kind) or getattr(pa, kind)()) for name, kind in index_columns(schemas)]
+    fields = [(name, types.get(kind) or getattr(pa, kind)()) for name, kind in index_columns(schemas, target)]
     with whole_file(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), temporary, compression="zstd")
         return hashlib.sha256(temporary.read_bytes()).hexdigest()
@@ -116,6 +130,7 @@ def _index_row(
         "group_hash": raw.group_hash,
         "presence": mask,
         "label": raw.label,
+        "target": [float("nan") if value is None else value for value in raw.target],
         "cost": 1 + others + IMAGE_COST * images,
         "source_file": raw.source_file,
         "source_row": raw.source_row,

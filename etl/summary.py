@@ -75,7 +75,8 @@ class Summary:
     @cached_property
     def per_sample(self) -> pl.DataFrame:
         """Label, group and lengths of every sample, with its split."""
-        columns = ["label", "group_hash", *(f"length/{name}" for name in self.manifest.modalities)]
+        target = ["target"] if self.manifest.target != "class" else []
+        columns = ["label", *target, "group_hash", *(f"length/{name}" for name in self.manifest.modalities)]
         return read_indices(self.gold, self.manifest, columns=columns)
 
     @cached_property
@@ -93,11 +94,23 @@ class Summary:
 
     @cached_property
     def labels(self) -> list[tuple[str, list[int]]]:
-        """(class, samples in each split), unlabelled last."""
+        """(class, samples in each split), unlabelled last; of numbers how many are there, of labels how many hold."""
+        if self.manifest.target != "class":
+            return self._targets()
         counts = self.per_sample.group_by("split", "label").len()
         found = {(split, label): n for split, label, n in counts.iter_rows()}
         names = [*enumerate(self.manifest.labels), (-1, "(unlabelled)")]
         return [(name, [found.get((split, label), 0) for split in SPLITS]) for label, name in names]
+
+    def _targets(self) -> list[tuple[str, list[int]]]:
+        parts = [self.per_sample.filter(pl.col("split") == split) for split in SPLITS]
+        cells = [pl.col("target").list.get(i, null_on_oob=True) for i in range(len(self.manifest.labels))]
+        counted = [cell == 1 if self.manifest.target == "multilabel" else cell.is_not_nan() for cell in cells]
+        rows = [
+            (name, [part.filter(c).height for part in parts])
+            for name, c in zip(self.manifest.labels, counted, strict=True)
+        ]
+        return [*rows, ("(unlabelled)", [part.filter(pl.col("label") < 0).height for part in parts])]
 
     def lengths(self, name: str) -> np.ndarray:
         """Tokens, steps or rows of the samples that have the modality."""

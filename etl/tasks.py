@@ -17,7 +17,7 @@ from etl.encoder import EncodedSample, Encoder, RawSample
 from etl.lake import whole_file
 from etl.shards import write_shards
 from etl.silver import Task
-from lanistr.manifest import ModalitySchema, Shard, Strict
+from lanistr.manifest import ModalitySchema, Shard, Strict, Target
 from lanistr.transforms import ImageSpec, Point
 
 REPORTS = "reports"
@@ -57,7 +57,7 @@ class Job:
         name: of the dataset.
         silver: folder that the paths of a task are relative to.
         gold: folder of the dataset.
-        labels: class names in id order.
+        labels, target: of the manifest.
         numeric, categorical: tabular columns.
         require: modalities that a sample must have.
         shard_size: samples per shard.
@@ -70,6 +70,7 @@ class Job:
     encoder: Encoder
     schemas: dict[str, ModalitySchema]
     labels: tuple[str, ...]
+    target: Target
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     require: tuple[str, ...]
@@ -89,7 +90,7 @@ def run_task(job: Job, task: Task) -> Report:
     broken: list[BrokenImage] = []
     samples = _kept(job, task, broken)
     stem = f"{job.name}-{task.name}-{{}}-{identity[:8]}"
-    shards = list(write_shards(job.gold, task.split, stem, samples, job.schemas, job.shard_size))
+    shards = list(write_shards(job.gold, task.split, stem, samples, job.schemas, job.shard_size, job.target))
     report = Report(task=identity, split=task.split, bucket=task.bucket, n=task.n, shards=shards, broken_images=broken)
     with whole_file(path) as temporary:
         temporary.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -145,13 +146,14 @@ def read_samples(job: Job, task: Task) -> Iterator[RawSample]:
         yield RawSample(
             key=key,
             group_hash=group,
-            label=ids.get(label, -1),
+            label=ids.get(label, -1) if job.target == "class" else -1 + bool(label),
             text=text,
             image=image,
             row=dict(zip(names, cells, strict=True)) if "tabular" in job.schemas else None,
             series=points,
             source_file=file,
             source_row=line,
+            target=tuple(json.loads(label)) if label and job.target != "class" else (),
         )
     assert pending is None, f"{task.name}: series of {pending[0]}, which is no sample"
 

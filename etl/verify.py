@@ -70,7 +70,7 @@ def _verify_shard(gold: Path, shard: Shard, manifest: Manifest) -> list[dict[str
         if _sha256(gold / name) != expected:
             raise ValueError(f"{gold / name}: sha256 differs from the manifest")
     rows = pq.read_table(gold / shard.index).to_pylist()
-    expected_columns = [name for name, _ in index_columns(manifest.modalities)]
+    expected_columns = [name for name, _ in index_columns(manifest.modalities, manifest.target)]
     if not rows or list(rows[0]) != expected_columns:
         raise ValueError(f"{gold / shard.index}: columns differ from the contract")
     masks = [str(row["presence"]) for row in rows]

@@ -120,6 +120,7 @@ class Batch:
         inputs: per modality, in the manifest's order; what its `collate` returned.
         counts: how much each term predicts in this micro-batch (contract 4): known before forward.
         loading: how it was loaded, for the log.
+        targets_BL: float32 numbers of a multi-label target or a regression, NaN = unknown; None with classes.
     """
 
     keys: tuple[str, ...]
@@ -131,6 +132,7 @@ class Batch:
     fusion: FusionIndex
     counts: dict[str, float]
     loading: Loading = Loading()
+    targets_BL: Tensor | None = None
 
     @property
     def size(self) -> int:

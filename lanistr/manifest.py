@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,7 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST_NAME = "manifest.json"
 KEY_PATTERN = r"[0-9a-f]{16}"
+Target = Literal["class", "multilabel", "regression"]
 
 
 class Strict(BaseModel):
@@ -94,7 +95,10 @@ class Manifest(Strict):
 
     Attributes:
         modalities: by name, **in bit order**: bit ``i`` of a presence mask is the ``i``-th modality.
-        labels: class names in id order; empty without a label.
+        labels: class names in id order, the labels of a multi-label target, or the columns of a regression; empty without
+            a label.
+        target: what is predicted. One ``class``: ``label`` of an index row is its id. Otherwise ``target`` of the row holds
+            a number per entry of ``labels`` (0 or 1, or any; NaN = unknown), and ``label`` is 0 where one of them is known.
         fit: what statistics, vocabularies and tokenizer were made from: ``from`` is ``train`` or names another dataset,
             ``train`` a digest of the samples; for `etl verify --deep`.
         quarantine: number of records set aside, by reason.
@@ -108,6 +112,7 @@ class Manifest(Strict):
     modalities: dict[str, ModalitySchema]
     tokenizer: Tokenizer | None = None
     labels: list[str]
+    target: Target = "class"
     split_rule: dict[str, Any]
     fit: dict[str, str] = {}
     private: bool = False
@@ -135,6 +140,8 @@ class Manifest(Strict):
     def compute_content_id(self) -> str:
         """The content id that these contents should have."""
         keep = self.model_dump(include={"schema_version", "name", "modalities", "labels", "split_rule"})
+        if self.target != "class":  # earlier datasets keep their identity
+            keep["target"] = self.target
         keep["tokenizer"] = self.tokenizer.sha256 if self.tokenizer else None
         keep["shards"] = [(s.path, s.sha256, s.index_sha256) for s in self.shards]
         return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
@@ -178,7 +185,7 @@ def sample_key(dataset: str, group: str, row_id: str) -> str:
     return hashlib.sha256(f"{dataset}|{group}|{row_id}".encode()).hexdigest()[:16]
 
 
-def index_columns(modalities: dict[str, ModalitySchema]) -> list[tuple[str, str]]:
+def index_columns(modalities: dict[str, ModalitySchema], target: Target = "class") -> list[tuple[str, str]]:
     """Names and Arrow types of an index Parquet, in order.
 
     ``length/<modality>`` counts tokens, steps or rows (0 = absent); ``offset/<member>`` is the byte position of the
@@ -189,6 +196,7 @@ def index_columns(modalities: dict[str, ModalitySchema]) -> list[tuple[str, str]
         ("group_hash", "string"),
         ("presence", "uint32"),
         ("label", "int32"),  # -1: unlabelled
+        *([("target", "list<float32>")] if target != "class" else []),  # empty: unlabelled
         ("cost", "float32"),
         ("source_file", "string"),
         ("source_row", "int64"),

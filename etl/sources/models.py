@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lanistr.manifest import Strict
+from lanistr.manifest import Strict, Target
 
 Key = str | Annotated[list[str], Field(min_length=1)]
 
@@ -75,7 +75,11 @@ class TableSource(Strict):
         id: column or columns that identify a row; of several, those that are there are joined by ``|``.
         group: column whose values never straddle splits (a patient, a customer); ``id`` where absent.
         group_chars: only so many first characters of the group tell groups apart.
-        label: column with the class; a null is an unlabelled sample.
+        label: column with the class; a null is an unlabelled sample. See ``target`` for more than one column.
+        target: ``class``; ``multilabel`` = columns of 0 and 1 (true and false), or one with names between
+            ``label_separator``; ``regression`` = columns of numbers. A null cell is unknown, and with all of them null the
+            sample is unlabelled.
+        label_separator: between the names in one multi-label column, for example ``;``.
         time: column of numbers or timestamps (without a zone: UTC): when the prediction is made, or the label of the row
             became known. ``split.time`` cuts by it, and no point of the series may be later (`etl verify --deep`).
         keep: column -> values: other rows of ``main`` are left out, and counted; null stands for a missing value.
@@ -89,7 +93,9 @@ class TableSource(Strict):
     id: Key
     group: str | None = None
     group_chars: int | None = Field(default=None, ge=1)
-    label: str | None = None
+    label: Key | None = None
+    target: Target = "class"
+    label_separator: str | None = Field(default=None, min_length=1)
     time: str | None = None
     keep: dict[str, list[str | None]] = {}
     join: list[SideTable] = []
@@ -106,6 +112,18 @@ class TableSource(Strict):
     def _absolute_needs_time(self) -> "TableSource":
         if self.time is None and any(table.absolute for table in self.series_tables):
             raise ValueError("series.absolute compares with source.time: name that column, or leave absolute out")
+        return self
+
+    @model_validator(mode="after")
+    def _label_fits_target(self) -> "TableSource":
+        if self.target == "class" and isinstance(self.label, list):
+            raise ValueError("label: a class is one column; give target: multilabel or regression for several")
+        if self.target != "class" and self.label is None:
+            raise ValueError(f"target {self.target} needs label: a column or several")
+        if self.label_separator and (self.target != "multilabel" or isinstance(self.label, list)):
+            raise ValueError("label_separator: only for one column of a multilabel target")
+        if self.target == "multilabel" and isinstance(self.label, str) and not self.label_separator:
+            raise ValueError("target multilabel with one column needs label_separator; or give several columns")
         return self
 
     @field_validator("image")

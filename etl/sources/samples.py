@@ -1,8 +1,9 @@
 """What every source makes: the canonical sample table.
 
-Table ``samples``: row_id, grp, label, text, image (path relative to the raw folder), ``n:<column>`` doubles, ``c:<column>``
-texts, _file, _row. Table ``series``: row_id, time, variable, value; empty without series. Nulls are missing; on a grid,
-a point without a value says that the series reaches to its time.
+Table ``samples``: row_id, grp, label (a class, or a JSON list of numbers and nulls where there are several), text, image
+(path relative to the raw folder), ``n:<column>`` doubles, ``c:<column>`` texts, _file, _row. Table ``series``: row_id, time,
+variable, value; empty without series. Nulls are missing; on a grid, a point without a value says that the series reaches to
+its time.
 
 A source that knows times adds, as doubles in seconds since 1970 (source ``table``: or in the numbers' own unit): ``time``,
 when the prediction is made or the label becomes known (``split.time`` cuts by it), and ``t:<modality>``, when the latest
@@ -11,6 +12,7 @@ part of that modality became known. No ``t:`` may exceed ``time``: `etl verify -
 
 from dataclasses import dataclass, field
 
+from lanistr.manifest import Target
 from lanistr.transforms import SeriesGrid
 
 
@@ -35,7 +37,8 @@ class Samples:
 
     Attributes:
         numeric, categorical: columns of the tabular modality, in order.
-        labels: class names in id order.
+        labels: class names in id order, or what the numbers of ``label`` stand for.
+        target: of the manifest.
         counts: for people: rows read, joined, duplicates.
         group: name of the grouping, for the split rule.
         series: where the source fixes the channels; None = the recipe or the train split says which there are.
@@ -47,3 +50,4 @@ class Samples:
     group: str
     counts: dict[str, int] = field(default_factory=dict)
     series: SeriesLayout | None = None
+    target: Target = "class"

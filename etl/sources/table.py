@@ -11,15 +11,11 @@ from etl.recipe import Recipe
 from etl.sources import table_series
 from etl.sources.models import TableSource
 from etl.sources.samples import Samples
+from etl.sources.table_target import as_list, label_names, target_sql
 from etl.sources.table_time import TimeKind, read_time
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
-
-
-def as_list(value: "str | list[str] | None") -> list[str]:
-    """One or many as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def raw_files(source: TableSource) -> list[str]:
@@ -60,9 +56,9 @@ def read(
     counts |= series_counts
     if tables and time and time.kind and _same_clock(source, time.kind, kinds):
         _add_latest_point(con, recipe)
-    rows = con.execute("select distinct label from samples where label is not null order by 1").fetchall()
+    labels = label_names(con, source)
     group = source.group or ", ".join(as_list(source.id))
-    return Samples(numeric, categorical, [row[0] for row in rows], group, counts)
+    return Samples(numeric, categorical, labels, group, counts, target=source.target)
 
 
 def _count(con: "DuckDBPyConnection", what: str) -> int:
@@ -73,7 +69,16 @@ def _main_columns(source: TableSource, recipe: Recipe, numeric: list[str], categ
     """Columns that the main tables must have: all that are named, less what is joined."""
     text = source.text.columns if source.text and not source.text.table and recipe.text else []
     fields = [f for _, f, _, _ in string.Formatter().parse(source.image or "") if f] if recipe.image else []
-    named = [*as_list(source.id), source.group, source.label, source.time, *numeric, *categorical, *text, *fields]
+    named = [
+        *as_list(source.id),
+        source.group,
+        *as_list(source.label),
+        source.time,
+        *numeric,
+        *categorical,
+        *text,
+        *fields,
+    ]
     joined = [name for side in source.join for name in side.columns]
     twice = [name for name in joined if joined.count(name) > 1]
     if twice:
@@ -198,7 +203,7 @@ def _columns(
     return [
         "_id as row_id",
         f"{_group(source)} as grp",
-        f"{column(source.label)} as label" if source.label else "null::varchar as label",
+        f"{target_sql(con, quarantine, source)} as label",
         f"{text} as text",
         f"{_template(source.image)} as image" if source.image and recipe.image else "null::varchar as image",
         *(f"{cast_number(con, quarantine, part, 'main', name)} as {column(f'n:{name}')}" for name in numeric),

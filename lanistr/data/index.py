@@ -27,6 +27,7 @@ class ShardIndex:
         keys_N: as bytes.
         presence_N: bitmasks of the modalities in use.
         label_N: -1 = unlabelled.
+        target_NL: float32, NaN = unknown; no columns where the target is a class.
         facts: for the plan; the stratum is the presence mask.
         places: per member (offsets, sizes, crc32s); offset -1 = absent.
     """
@@ -34,6 +35,7 @@ class ShardIndex:
     keys_N: np.ndarray
     presence_N: np.ndarray
     label_N: np.ndarray
+    target_NL: np.ndarray
     facts: Facts
     places: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -52,6 +54,7 @@ class SplitIndex:
         self, store: Store, manifest: Manifest, shards: list[Shard], modalities: Mapping[str, Modality[Any, Any]]
     ):
         self.store, self.shards, self.modalities = store, shards, modalities
+        self.targets = 0 if manifest.target == "class" else len(manifest.labels)
         self.bits = {name: manifest.bit(name) for name in modalities}
         self._members = [
             member for m in modalities.values() for i in range(m.items) for member in item_members(m.members, i)
@@ -81,7 +84,14 @@ class SplitIndex:
 
     def _load(self, shard: Shard) -> ShardIndex:
         names = [f"{field}/{m}" for m in self._members for field in ("offset", "size", "crc32")]
-        columns = ["key", "presence", "label", *(f"length/{name}" for name in self.modalities), *names]
+        columns = [
+            "key",
+            "presence",
+            "label",
+            *(["target"] if self.targets else []),
+            *(f"length/{name}" for name in self.modalities),
+            *names,
+        ]
         try:
             blob = self.store.open(shard.index, None, shard.index_sha256)
             try:
@@ -97,11 +107,18 @@ class SplitIndex:
             raise ValueError(
                 f"index {shard.index} is missing, unreadable or stale: {error}; rebuild the dataset"
             ) from None
-        array = {name: table[name].to_numpy() for name in columns if name != "key"}
+        array = {name: table[name].to_numpy() for name in columns if name not in ("key", "target")}
         presence_N = array["presence"].astype(np.int64) & sum(self.bits.values())
         places = {m: (array[f"offset/{m}"], array[f"size/{m}"], array[f"crc32/{m}"]) for m in self._members}
         keys_N = np.array(table["key"].to_pylist(), dtype=np.bytes_)
-        return ShardIndex(keys_N, presence_N, array["label"].astype(np.int64), self._facts(array, presence_N), places)
+        label_N = array["label"].astype(np.int64)
+        target_NL = np.full((len(keys_N), self.targets), np.nan, dtype=np.float32)
+        if self.targets:
+            known = [(row, values) for row, values in enumerate(table["target"].to_pylist()) if values]
+            target_NL[[row for row, _ in known]] = np.array([v for _, v in known], dtype=np.float32).reshape(
+                len(known), -1
+            )
+        return ShardIndex(keys_N, presence_N, label_N, target_NL, self._facts(array, presence_N), places)
 
     def _facts(self, array: dict[str, np.ndarray], presence_N: np.ndarray) -> Facts:
         tokens = {}

@@ -84,6 +84,7 @@ class Collator:
             inputs=inputs,
             fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views),
             counts=counts,
+            targets_BL=_targets(samples),
         )
 
     def _drop(self, sample: Sample, epoch: int) -> Sample:
@@ -112,6 +113,12 @@ class Collator:
                 for content, key in zip(contents, names, strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())
+
+
+def _targets(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """(B, L) float32 where the target is no class."""
+    known = [sample.target for sample in samples if sample.target is not None]
+    return torch.from_numpy(np.stack(known)) if known else None
 
 
 def _items(content: Any) -> Iterator[tuple[int, Any]]:

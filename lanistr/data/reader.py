@@ -49,6 +49,7 @@ class Sample:
     Attributes:
         presence: bitmask of the modalities in use.
         label: -1 = unlabelled.
+        target: (L,) float32 numbers of a multi-label target or a regression, NaN = unknown; None with classes.
         contents: what `Modality.decode` returned, present modalities only.
         repeat: how many times the epoch has already seen it; a repeat draws new masks.
     """
@@ -58,6 +59,7 @@ class Sample:
     label: int
     contents: dict[str, Any]
     repeat: int = 0
+    target: np.ndarray | None = None
 
 
 class Several(tuple[Any, ...]):
@@ -120,7 +122,9 @@ class GoldDataset:
         self._verified: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("keys", "presence", "label")}
+        state = {
+            name: value for name, value in self.__dict__.items() if name not in ("keys", "presence", "label", "target")
+        }
         return {**state, "_blobs": OrderedDict(), "_verified": {}}
 
     @property
@@ -151,6 +155,11 @@ class GoldDataset:
     def label(self) -> np.ndarray:
         """(n,) int64, -1 = unlabelled: loads the whole index."""
         return np.concatenate([part.label_N for part in self._parts()])
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """(n, L) float32 numbers, NaN = unknown; L is 0 where the target is a class: loads the whole index."""
+        return np.concatenate([part.target_NL for part in self._parts()])
 
     def facts_of(self, positions: np.ndarray) -> Facts:
         """For the plan of a subset: loads the whole index."""
@@ -189,7 +198,8 @@ class GoldDataset:
                 contents[name] = _decode(modality, members, augment)
             except ValueError as error:
                 raise CorruptSample(key, f"{self._where(shard, key)}: {error}") from None
-        return Sample(key, presence, int(part.label_N[row]), contents)
+        target = part.target_NL[row] if part.target_NL.shape[1] else None
+        return Sample(key, presence, int(part.label_N[row]), contents, target=target)
 
     def members(self, position: int) -> dict[str, bytes]:
         """The raw members of a sample that are in use. Raises `CorruptSample`."""
