@@ -118,8 +118,15 @@ class OptimizerConfig(Strict):
         epochs, max_steps: the run ends at whichever comes first.
         warmup: share of all steps.
         clip: gradient norm.
+        on_nonfinite: a step whose loss or gradient is not finite never changes the parameters; ``stop`` ends the run
+            there, ``skip`` goes on (at most ten in a row). The samples of the step are in ``<run>/incidents``.
+        check_every: steps between checks that all ranks have the same parameters (also at the start); None = never.
+        hang_after: seconds without progress after which a rank is taken to hang, and the run ends; longer than the
+            longest validation or save.
         save_every: steps between checkpoints (one more at the end).
-        keep: checkpoints kept.
+        keep: newest checkpoints kept.
+        keep_best: keep the one that validated best, too.
+        keep_hours: and one per so many hours, for ever.
     """
 
     global_batch: int = Field(default=128, ge=1)
@@ -136,9 +143,14 @@ class OptimizerConfig(Strict):
     max_steps: int | None = Field(default=None, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    check_every: int | None = Field(default=1000, ge=1)
+    hang_after: float = Field(default=1800.0, gt=0)
     save_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=1)
+    keep_best: bool = True
+    keep_hours: float | None = Field(default=None, gt=0)
 
 
 class PretrainConfig(OptimizerConfig):

@@ -21,7 +21,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--recipe", default="demo", help="name or path")
     made.add_argument("--data", type=Path, help=f"gold dataset (default: {DEMO}, built if absent)")
     made.add_argument("--run", type=Path, help="run folder (default: runs/<recipe>)")
-    made.add_argument("--resume", nargs="?", const="auto", choices=["auto"], help="go on from the newest checkpoint")
+    made.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=["auto", "force"],
+        help="go on from the newest checkpoint, if there is one; force: although recipe, data or tokenizer differ",
+    )
     made.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="for example pretrain.lr=2e-4")
     return made

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.deepspeed,
         source=source,
         labels=arguments.labels,
-        resuming=bool(arguments.resume),
+        resume=arguments.resume,
     )
 
 

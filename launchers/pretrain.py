@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lanistr.training.pretrain import pretrain
 
     folder = arguments.run or Path("runs") / recipe.name
-    pretrain(recipe, data, folder, arguments.deepspeed, resuming=bool(arguments.resume))
+    pretrain(recipe, data, folder, arguments.deepspeed, resume=arguments.resume)
 
 
 if __name__ == "__main__":

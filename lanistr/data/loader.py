@@ -144,14 +144,11 @@ class LoaderState:
     samples: int
     step: int
 
-    def check(self, now: "LoaderState") -> None:
-        """Raises ValueError naming both values where two states count different things."""
+    def differences(self, now: "LoaderState") -> list[tuple[str, Any, Any]]:
+        """Name, value here and value there of what makes the two states count different things."""
         mine, theirs = ({**asdict(state), **state.plan} for state in (self, now))
-        for name in mine:
-            if name not in ("plan", "step") and mine[name] != theirs.get(name):
-                raise ValueError(
-                    f"cannot resume: the checkpoint was trained with {name} {mine[name]}, this run has {theirs.get(name)}"
-                )
+        names = [name for name in mine if name not in ("plan", "step")]
+        return [(name, mine[name], theirs.get(name)) for name in names if mine[name] != theirs.get(name)]
 
 
 class _MicroBatches:

@@ -1,13 +1,24 @@
 """Checkpoints: published atomically, so that ``latest`` always names a complete one.
 
-``<run>/checkpoints/step-00000100/``: ``engine/`` (DeepSpeed's files of all ranks), ``weights.safetensors`` (float32
-parameters and buffers, readable without DeepSpeed) and ``meta.json``, written last. A folder that a kill left behind
-has a name that starts with a dot.
+``<run>/checkpoints/step-00000100/``:
+
+* ``engine/``: DeepSpeed's files of all ranks, for a resume on the same layout.
+* ``weights.safetensors``, ``moments.safetensors``: float32 parameters and buffers, and AdamW's moments: whole, without
+  DeepSpeed and without pickle, for a resume on any other number of ranks, stage or precision.
+* ``buffers/rank-0000.safetensors``: each rank's own batch-norm statistics; those in the other files are merged. A
+  checkpoint changes nothing in the run that it is taken of.
+* ``meta.json``, written last: step, layout, loader state, recipe, identity of the data, versions, and the size and
+  sha256 of every file.
+
+All of it is written into a hidden folder, synced, and renamed. Whatever else starts with a dot is debris.
 """
 
 import json
+import logging
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +27,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lanistr.config import OptimizerConfig
 from lanistr.data.loader import LoaderState
 from lanistr.modalities.loading import LoadReport
 from lanistr.training import distributed
+from lanistr.training.durable import digest, sync, write_durably
 from lanistr.training.engine import Engine
+from lanistr.training.retention import Saved, surplus
 
+logger = logging.getLogger(__name__)
 WEIGHTS = "weights.safetensors"
+MOMENTS = "moments.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,87 +53,205 @@ class Checkpoint:
         """Where the data was. Raises ValueError for a checkpoint of another version."""
         try:
             return LoaderState(**self.meta["loader"])
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.folder}: saved by another version of lanistr ({error}); start a new --run"
             ) from None
 
+    def damage(self) -> str | None:
+        """What is wrong with its files, or None; reads all of them."""
+        for name, expected in self.meta.get("files", {}).items():
+            path = self.folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if digest(path) != expected:
+                return f"{name} has another sha256 than when it was saved"
+        return None
 
-def save_checkpoint(run: Path, engine: Engine, state: LoaderState, keep: int) -> None:
+
+def save_checkpoint(
+    run: Path,
+    engine: Engine,
+    state: LoaderState,
+    config: OptimizerConfig,
+    about: dict[str, Any],
+    score: float | None = None,
+) -> str | None:
     """Write and publish a checkpoint after ``state.step`` steps. Every rank must call it.
+
+    The run is not changed by it. Where a rank cannot write (a full disk, say), nothing is published, what was there
+    before stays, and all ranks are told.
 
     Args:
         run: run folder.
-        engine: to save; batch-norm statistics are merged across ranks first.
+        engine: to save.
         state: of the loader.
-        keep: how many checkpoints stay.
+        config: which checkpoints stay.
+        about: recipe, data and versions, for `lanistr.training.run.check_resume`.
+        score: on validation, more is better; None = not measured after this step.
+
+    Returns:
+        None, or what went wrong, the same on every rank.
     """
     parent = run / "checkpoints"
-    name = f"step-{state.step:08d}"
-    hidden = parent / f".{name}"
-    if distributed.rank() == 0:
+    hidden = parent / f".step-{state.step:08d}"
+    problem = _together(lambda: _make_room(hidden) if distributed.rank() == 0 else None)
+    files: dict[str, Any] = {}
+    if not problem:
+        problem, files = _write(hidden, engine)
+    meta = {
+        "step": state.step,
+        "time": time.time(),
+        "score": score,
+        "layout": engine.layout,
+        "updates": engine.updates,
+        "loader": asdict(state),
+        **about,
+        "files": files,
+    }
+    if not problem:
+        problem = _together(lambda: _publish(hidden, meta, config) if distributed.rank() == 0 else None)
+    if problem and distributed.rank() == 0:
         shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-    distributed.barrier()
-    distributed.merge_batch_norm(engine.module)
-    engine.save(hidden)
-    weights = engine.full_weights()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        save_file(weights, str(hidden / WEIGHTS))
-        meta = {"step": state.step, "world": distributed.world_size(), "loader": asdict(state)}
-        _write_durably(hidden / "meta.json", json.dumps(meta, indent=1))
-        for file in hidden.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        shutil.rmtree(parent / name, ignore_errors=True)
-        os.replace(hidden, parent / name)
-        _sync(parent)
-        _write_durably(parent / "latest", name)
-        for old in sorted(parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
+        logger.error("step %d: checkpoint NOT saved: %s; the last good one stays", state.step, problem)
+    return problem
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _together(work: Callable[[], None]) -> str | None:
+    """Do this rank's part; None where every rank has succeeded, else what the first one says that has not."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        work()
+        said = None
+    except Exception as error:  # whatever it is, no rank may be left waiting for this one
+        said = f"{type(error).__name__}: {error}"
+    return next((f"rank {rank}: {s}" for rank, s in enumerate(distributed.gather_objects(said)) if s), None)
+
+
+def _make_room(hidden: Path) -> None:
+    parent = hidden.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for debris in parent.glob(".step-*"):
+        shutil.rmtree(debris)
+    for folder in ("engine", "buffers"):
+        (hidden / folder).mkdir(parents=True)
+
+
+def _write(hidden: Path, engine: Engine) -> tuple[str | None, dict[str, Any]]:
+    """All ranks' files; returns the problem, and size and checksum of each file by name."""
+    own = engine.buffers()
+    distributed.merge_batch_norm(engine.module)
+    shards = engine.save(hidden)
+    weights, moments = engine.full_weights(), engine.full_moments()
+    engine.set_buffers(own)
+    files: dict[str, Any] = {}
+
+    def write() -> None:
+        written = shards.finish()
+        for name, tensors in ((buffers_file(distributed.rank()), own), (WEIGHTS, weights), (MOMENTS, moments)):
+            if distributed.rank() == 0 or tensors is own:
+                save_file(tensors, str(hidden / name))
+                written.append(hidden / name)
+        for path in written:
+            sync(path)
+            files[str(path.relative_to(hidden))] = digest(path)
+
+    problem = _together(write)
+    every: dict[str, Any] = {}
+    for of_rank in distributed.gather_objects(files):
+        every |= of_rank
+    return problem, every
+
+
+def buffers_file(rank: int) -> str:
+    """Where a rank's own buffers are."""
+    return f"buffers/rank-{rank:04d}.safetensors"
+
+
+def _publish(hidden: Path, meta: dict[str, Any], config: OptimizerConfig) -> None:
+    parent, final = hidden.parent, hidden.with_name(hidden.name[1:])
+    write_durably(hidden / "meta.json", json.dumps(meta, indent=1))
+    for folder in ("engine", "buffers"):
+        sync(hidden / folder)
+    if final.exists():  # of a run that went another way
+        _discard(final)
+    os.replace(hidden, final)
+    sync(parent)
+    write_durably(parent / "latest", final.name)
+    saved = [Saved(c.step, c.meta["time"], c.meta["score"]) for c in find_all(parent.parent) if "time" in c.meta]
+    for step in surplus(saved, config.keep, config.keep_best, config.keep_hours):
+        _discard(parent / f"step-{step:08d}")
+
+
+def _discard(folder: Path) -> None:
+    """Hide, then remove: a kill in between leaves no half of a checkpoint that looks whole."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def find_all(run: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run, newest first."""
+    found = []
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        if (folder / "meta.json").is_file():
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            found.append(Checkpoint(folder, meta["step"], meta))
+    return found
 
 
 def find_latest(run: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run, or None."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        if (folder / "meta.json").is_file():
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            return Checkpoint(folder, meta["step"], meta)
+    return next(iter(find_all(run)), None)
+
+
+def find_intact(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were saved; those above it are set aside, and said so."""
+    for found in find_all(run):
+        damage = found.damage()
+        if damage is None:
+            write_durably(found.folder.parent / "latest", found.folder.name)
+            return found
+        aside = found.folder.with_name(f".damaged-{found.folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(found.folder, aside)
+        logger.warning("%s is damaged: %s; set aside as %s; trying the one before", found.folder, damage, aside.name)
     return None
 
 
-def resume(run: Path, engine: Engine, state: LoaderState) -> int:
-    """Load the newest checkpoint; returns the step to go on with.
+def resume(run: Path, engine: Engine) -> int:
+    """Load the newest intact checkpoint; returns the step to go on with. Every rank must call it.
+
+    On the layout that saved it (ranks, stage, offload, precision) DeepSpeed's files are used, and the run goes on
+    bitwise; on any other the whole states.
 
     Raises:
-        ValueError: no checkpoint; another dataset, plan or number of ranks.
+        ValueError: no checkpoint.
     """
-    found = find_latest(run)
-    if found is None:
-        raise ValueError(f"{run}: nothing to resume from: no complete checkpoint; leave out --resume")
-    found.loader_state.check(state)
-    world = distributed.world_size()
-    if found.meta["world"] != world:
-        raise ValueError(f"{found.folder}: saved by {found.meta['world']} ranks, this run has {world}; use as many")
-    engine.load(found.folder)
-    return found.step
+    chosen = None
+    if distributed.rank() == 0:
+        found = find_intact(run)
+        chosen = found.folder.name if found else None
+    chosen = distributed.gather_objects(chosen)[0]
+    if chosen is None:
+        raise ValueError(f"{run}: nothing to resume from: no complete and intact checkpoint; leave out --resume")
+    folder = run / "checkpoints" / chosen
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta["layout"] == engine.layout:
+        engine.load(folder)
+        engine.set_buffers(load_file(str(folder / buffers_file(distributed.rank()))))
+    else:
+        engine.restore(folder / WEIGHTS, folder / MOMENTS, meta["updates"])
+    if distributed.rank() == 0:
+        changed = [
+            f"{name} {meta['layout'].get(name)} -> {now}"
+            for name, now in engine.layout.items()
+            if meta["layout"].get(name) != now
+        ]
+        logger.info("resumed after step %d from %s%s", meta["step"], folder, f" ({', '.join(changed)})" * bool(changed))
+    return meta["step"]
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -125,7 +259,7 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(weights, str(temporary))
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
 
 

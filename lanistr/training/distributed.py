@@ -2,12 +2,12 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lanistr.ops.ghost_norm import GhostBatchNorm
 
@@ -60,6 +60,11 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any rank: the same answer on all of them."""
+    return all_reduce_sum([float(flag)], device)[0] > 0
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
@@ -67,6 +72,36 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@torch.no_grad()
+def first_disagreement(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]] | None:
+    """The first tensor whose bits differ between ranks, and the ranks that differ from the majority; None = all agree.
+
+    Compares a sum over the bits of each tensor: two all-reduces of one number per tensor.
+
+    Args:
+        tensors: on one device; the same names on every rank.
+    """
+    if world_size() == 1 or not tensors:
+        return None
+    sums = torch.stack([_bit_sum(tensor) for tensor in tensors.values()])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differ = (low != high).nonzero()
+    if not len(differ):
+        return None
+    index = int(differ[0])
+    found = gather_objects(int(sums[index]))
+    common = max(found, key=found.count)
+    return list(tensors)[index], [rank for rank, value in enumerate(found) if value != common]
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """An exact int64 checksum (it wraps), whatever the order of the sum."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(bits).sum(dtype=torch.int64)
 
 
 def merge_batch_norm(module: nn.Module) -> None:

@@ -6,19 +6,25 @@ that contradicts the recipe is an error.
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lanistr.batch import Batch, to_device
 from lanistr.config import OptimizerConfig
 from lanistr.training import distributed
+from lanistr.training.shards import Shards, load_shard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,14 @@ class StepResult:
     Attributes:
         terms: mean of each loss term; None where nothing was predicted.
         loss: their weighted sum (paper eq. 3).
-        grad_norm: before clipping; None where DeepSpeed does not report it (stage 0, float32).
+        grad_norm: before clipping; infinite or NaN where the step was skipped.
+        skipped: the loss or the gradient was not finite, so that no rank has changed its parameters.
     """
 
     terms: dict[str, float | None]
     loss: float
     grad_norm: float | None
+    skipped: bool = False
 
 
 def start(threads: int | None = None) -> torch.device:
@@ -66,7 +74,10 @@ def _import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.setLevel(logging.WARNING)
+    # Skipped steps are ours to report, with their samples.
+    deepspeed_log.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
     # Serves inference only, and would be compiled at the first start; a kill meanwhile blocks every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -100,8 +111,9 @@ def fill_config(path: Path, recipe: str, config: OptimizerConfig, world: int, on
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    if not on_gpu and not offload:
-        adam["torch_adam"] = True  # the fused CPU kernel would be compiled at the first start
+    if not offload:
+        # torch's own, in one pass over the parameters: DeepSpeed's would be compiled at the first start.
+        adam |= {"torch_adam": True, "fused": True}
     wanted = {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -170,6 +182,13 @@ class Engine:
             model=task, model_parameters=parameter_groups(cast(nn.Module, task), weight_decay), config=config
         )
         self.weights = task.weights
+        self._norm: float | None = None
+        self._engine._copy_recovery_script = lambda save_path: None  # our weights are whole without a script
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return self.config["zero_optimization"]["stage"]
 
     @property
     def module(self) -> Any:
@@ -186,6 +205,7 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         names = list(self.weights)
+        skipped = False
         own = [sum(batch.counts.get(name, 0.0) for batch in micro_batches) for name in names]
         counts = dict(zip(names, distributed.all_reduce_sum(own, self.device), strict=True))
         scale = distributed.world_size() * engine.gradient_accumulation_steps()
@@ -195,42 +215,181 @@ class Engine:
             loss = torch.stack(
                 [self.weights[name] * total / max(counts[name], 1) for name, total in totals.items()]
             ).sum()
+            # Exactly 1, or NaN: a loss that is not finite has no finite gradient either, so that the step is skipped.
+            loss = loss * (1 + 0 * loss.detach())
             engine.backward(scale * loss)
+            if self.stage == 0 and engine.is_gradient_accumulation_boundary():
+                skipped = self._guard_stage_0()
             engine.step()
             for name, total in totals.items():
                 sums[name] = sums[name] + total.detach()
-        return self._result(sums, counts)
+        return self._result(sums, counts, skipped or bool(getattr(engine.optimizer, "overflow", False)))
 
-    def _result(self, sums: dict[str, Tensor], counts: dict[str, float]) -> StepResult:
+    def _guard_stage_0(self) -> bool:
+        """What ZeRO does and stage 0 does not: note the norm, and drop a gradient that is not finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self._norm = float(nn.utils.get_total_norm(gradients))
+        if math.isfinite(self._norm):
+            return False
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        return True
+
+    def _result(self, sums: dict[str, Tensor], counts: dict[str, float], skipped: bool) -> StepResult:
         stacked = torch.stack(list(sums.values())).tolist()
         reduced = distributed.all_reduce_sum(stacked, self.device)
         terms = {
             name: total / counts[name] if counts[name] else None for name, total in zip(sums, reduced, strict=True)
         }
         loss = sum(self.weights[name] * term for name, term in terms.items() if term is not None)
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(terms, loss, None if norm is None else float(norm))
+        norm = self._norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return StepResult(terms, loss, None if norm is None else float(norm), skipped)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What decides how DeepSpeed's own files are cut."""
+        zero = self.config["zero_optimization"]
+        return {
+            "ranks": distributed.world_size(),
+            "stage": self.stage,
+            "offload": "offload_optimizer" in zero,
+            "precision": "bfloat16" if self.config["bf16"]["enabled"] else "float32",
+        }
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made: skipped steps do not count."""
+        inner = self._inner_optimizer()
+        steps = [state["step"] for state in inner.state.values() if "step" in state]
+        return int(steps[0]) if steps else 0
+
+    def _inner_optimizer(self) -> Any:
+        return self._engine.optimizer if self.stage == 0 else self._engine.optimizer.optimizer
 
     def full_weights(self) -> dict[str, Tensor]:
-        """float32 copies of all parameters and persistent buffers, on the CPU. Every rank must call it."""
+        """float32 copies of all parameters and persistent buffers, on the CPU of rank 0; elsewhere empty.
+
+        Every rank must call it.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights: dict[str, Tensor] = {}
         masters = self.config["bf16"]["enabled"]
         for name, parameter in self.module.named_parameters():
             full = safe_get_full_fp32_param(parameter) if masters and parameter.requires_grad else parameter
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
-        return {**weights, **persistent_buffers(self.module)}
+            if distributed.rank() == 0:
+                weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+        return {**weights, **self.buffers()} if distributed.rank() == 0 else {}
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files of all ranks into ``folder``."""
+    def full_moments(self) -> dict[str, Tensor]:
+        """AdamW's moments as ``<parameter>/exp_avg`` and ``/exp_avg_sq``, on the CPU of rank 0; elsewhere empty.
+
+        Empty before the first update. Every rank must call it.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        moments: dict[str, Tensor] = {}
+        if not self.updates:
+            return moments
+        self._link_moments()
+        for name, parameter in self._trainable():
+            for key in MOMENTS:
+                if self.stage == 0:
+                    full = self._engine.optimizer.state[parameter][key]
+                else:
+                    full = cast(Tensor, safe_get_full_optimizer_state(parameter, key))
+                if distributed.rank() == 0:
+                    moments[f"{name}/{key}"] = full.detach().float().cpu().clone()
+        return moments
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """CPU copies of this rank's persistent buffers."""
+        return persistent_buffers(self.module)
+
+    @torch.no_grad()
+    def set_buffers(self, values: dict[str, Tensor]) -> None:
+        """Put them back."""
+        targets = dict(self.module.named_buffers())
+        for name, value in values.items():
+            targets[name].copy_(value)
+
+    def save(self, folder: Path) -> Shards:
+        """Write DeepSpeed's files into ``folder/engine``; a rank that cannot write goes on, and tells at the end."""
+        shards = Shards()
+        self._engine.checkpoint_engine.save = shards.save
         self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        return shards
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Raises ValueError where DeepSpeed refuses."""
+        """Read what `save` wrote. Raises ValueError where DeepSpeed refuses, or where a pickle wants to run something."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        allowed = (LossScaler, ZeroStageEnum, fragment_address)
+        self._engine.checkpoint_engine.load = partial(load_shard, allowed=allowed)
         path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed could not load this checkpoint")
+
+    @torch.no_grad()
+    def restore(self, weights: Path, moments: Path, updates: int) -> None:
+        """Take whole states, however they were sharded when they were saved.
+
+        Args:
+            weights: of `full_weights`.
+            moments: of `full_moments`.
+            updates: of AdamW.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        with safe_open(weights, "pt") as stored:
+            for name, parameter in self.module.named_parameters():
+                value = stored.get_tensor(name)
+                parameter.copy_(value)
+                if self.stage > 0 and parameter.requires_grad:
+                    safe_set_full_fp32_param(parameter, value)
+            self.set_buffers({name: stored.get_tensor(name) for name in self.buffers()})
+        if not updates:
+            return
+        self._make_moments()
+        with safe_open(moments, "pt") as stored:
+            for name, parameter in self._trainable():
+                for key in MOMENTS:
+                    value = stored.get_tensor(f"{name}/{key}")
+                    if self.stage == 0:
+                        self._engine.optimizer.state[parameter][key].copy_(value)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, key)
+        for state in self._inner_optimizer().state.values():
+            state["step"] = torch.full_like(state["step"], updates) if torch.is_tensor(state["step"]) else updates
+
+    def _make_moments(self) -> None:
+        """AdamW creates its state in its first update: make one, of gradient and rate zero."""
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        if self.stage == 0:
+            for _, parameter in self._trainable():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            return
+        for i, partition in enumerate(optimizer.single_partition_of_fp32_groups):
+            partition.grad = torch.zeros_like(partition)
+            optimizer._optimizer_step(i)
+            if not optimizer.cpu_offload:
+                partition.grad = None
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """DeepSpeed 0.19 links parameters to their moments after the update of the first group: the others miss theirs."""
+        if self.stage > 0:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lanistr.training import distributed
 from lanistr.training.checkpoint import WEIGHTS, save_weights
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.loop import train
-from lanistr.training.run import check_run, describe_run, train_loader
+from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def finetune(
     *,
     source: Path | None,
     labels: int | None,
-    resuming: bool,
+    resume: Resume | None,
 ) -> None:
     """Fine-tune on ``labels`` labelled train samples (None = all).
 
@@ -109,7 +109,7 @@ def finetune(
         ds_config: ZeRO configuration.
         source: pretraining run; None = from scratch, then nothing may be frozen.
         labels: how many.
-        resuming: go on from the newest checkpoint.
+        resume: go on from the newest checkpoint, if there is one.
 
     Raises:
         ValueError: anything that a user can put right.
@@ -121,7 +121,7 @@ def finetune(
     if not manifest.labels:
         raise ValueError(f"{data}: dataset {manifest.name} has no labels")
     modalities = make_modalities(manifest, recipe.model.modalities)
-    resuming = check_run(run, resuming)
+    resuming = check_run(run, resume)
     if source:
         pretrained_weights(source)  # fails before anything heavy starts
     rank, world, _ = distributed.world_from_environment()
@@ -129,6 +129,9 @@ def finetune(
     collator = Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout)
     loader = train_loader(dataset, collator, recipe.data, config, dataset.labelled(labels, config.seed))
     val = open_split(data, "val", modalities, recipe.data)
+    about = describe_checkpoint(recipe, "finetune", manifest)
+    if resuming:
+        check_resume(run, about, loader.state(0), resume == "force")
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     task = make_task(recipe, manifest, device.type, config.precision)
@@ -146,7 +149,7 @@ def finetune(
     describe_run(run, recipe, manifest, filled, extra)
     engine = Engine(task, filled, device, config.weight_decay)
     keeper = BestKeeper(engine, val, config, loader.steps_per_epoch, run)
-    steps = train(engine, loader, config, run, resuming=resuming, after_step=keeper.after_step)
+    steps = train(engine, loader, config, run, resuming=resuming, about=about, after_step=keeper.after_step)
     if rank == 0:
         summary = {"task": "finetune", "steps": steps, "val_accuracy": keeper.best[0]}
         (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

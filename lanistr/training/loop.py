@@ -2,18 +2,20 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lanistr.batch import Batch
 from lanistr.config import OptimizerConfig
 from lanistr.data.loader import TrainLoader
 from lanistr.training import distributed
 from lanistr.training.checkpoint import resume, save_checkpoint
-from lanistr.training.engine import Engine, StepResult
+from lanistr.training.engine import Engine
+from lanistr.training.guard import Guard, check_agreement
 from lanistr.training.monitor import Monitor
+from lanistr.training.preemption import StopRequest
 from lanistr.training.schedule import lr_at
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,12 @@ def train(
     run: Path,
     *,
     resuming: bool,
+    about: dict[str, Any] | None = None,
     begin: Callable[[int], None] | None = None,
     after_step: Callable[[int], bool] | None = None,
+    score: Callable[[int], float | None] | None = None,
 ) -> int:
-    """Train to the end of the run.
+    """Train to the end of the run, or until a signal asks for a checkpoint and an early end.
 
     Args:
         engine: holds the task.
@@ -43,50 +47,68 @@ def train(
         config: schedule, checkpoints, seed.
         run: run folder.
         resuming: go on from the newest checkpoint.
+        about: goes into every checkpoint: recipe, data, versions.
         begin: called on every rank with the steps done before the first one of this process.
         after_step: called on every rank with the number of steps done; True ends the run.
+        score: on validation after that many steps, more is better; None = not measured then.
 
     Returns:
         Steps done.
 
     Raises:
-        ValueError: nothing to resume from, or it does not fit; a loss that is not finite.
+        ValueError: nothing to resume from; a step that is not finite; ranks that disagree; no room for the last
+            checkpoint.
     """
     total = total_steps(loader, config)
-    step = resume(run, engine, loader.state(0)) if resuming else 0
+    step = resume(run, engine) if resuming else 0
     manifest = loader.dataset.manifest
     bits = {name: manifest.bit(name) for name in loader.dataset.modalities}
     monitor = Monitor(run, step, total, config.log_every, bits, loader.workers)
+    guard = Guard(run, config.on_nonfinite)
     batches = loader.steps(step, total, engine.device)
     engine.module.train()
+    if config.check_every:
+        check_agreement(engine.module, step)
     if begin:
         begin(step)
-    while step < total:
-        asked = time.perf_counter()
-        micro_batches = next(batches)
-        waited = time.perf_counter() - asked
-        # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
-        torch.manual_seed(hash((config.seed, step, distributed.rank())))
-        lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
-        result = engine.train_step(micro_batches, lr)
-        _stop_if_not_finite(step, result, micro_batches)
-        monitor.record(step, lr, result, micro_batches, waited)
-        step += 1
-        stop = after_step(step) if after_step else False
-        if step % config.save_every == 0 or step == total or stop:
-            save_checkpoint(run, engine, loader.state(step), config.keep)
-        if stop:
-            break
+    with StopRequest() as request:
+        while step < total:
+            asked = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - asked
+            # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
+            torch.manual_seed(hash((config.seed, step, distributed.rank())))
+            lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
+            result = engine.train_step(micro_batches, lr)
+            guard.check(step, result, micro_batches)
+            monitor.record(step, lr, result, micro_batches, waited)
+            step += 1
+            if config.check_every and step % config.check_every == 0:
+                check_agreement(engine.module, step)
+            done = (after_step(step) if after_step else False) or step == total
+            stop = request.agreed(engine.device)
+            if step % config.save_every == 0 or done or stop:
+                measured = score(step) if score else None
+                problem = save_checkpoint(run, engine, loader.state(step), config, about or {}, measured)
+                if problem and (done or stop):
+                    raise ValueError(f"step {step}: the last checkpoint could not be saved: {problem}")
+            if done or stop:
+                break
     monitor.close()
-    replaced = int(distributed.all_reduce_sum([len(loader.bad)], engine.device)[0])
-    if replaced and distributed.rank() == 0:
-        logger.warning(
-            "%d bad samples were replaced on all ranks; their keys and reasons are in the log above", replaced
-        )
+    _report_end(step, total, request, loader, engine)
     return step
 
 
-def _stop_if_not_finite(step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
-    if not abs(result.loss) < float("inf"):
-        keys = ", ".join(key for batch in micro_batches for key in batch.keys)
-        raise ValueError(f"step {step}: loss is {result.loss}; terms {result.terms}; samples of this rank: {keys}")
+def _report_end(step: int, total: int, request: StopRequest, loader: TrainLoader, engine: Engine) -> None:
+    replaced = int(distributed.all_reduce_sum([len(loader.bad)], engine.device)[0])
+    if distributed.rank() != 0:
+        return
+    if replaced:
+        logger.warning(
+            "%d bad samples were replaced on all ranks; their keys and reasons are in the log above", replaced
+        )
+    if step < total and request.acted:
+        logger.info(
+            "stopped by %s after step %d of %d, saved; --resume auto goes on",
+            request.received or "a signal to another rank", step, total,
+        )  # fmt: skip

@@ -13,12 +13,19 @@ from lanistr.tasks import Pretrain
 from lanistr.training import distributed
 from lanistr.training.engine import Engine, fill_config, start
 from lanistr.training.loop import total_steps, train
-from lanistr.training.run import check_run, describe_run, train_loader
+from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.validation import Validator
 
 
-def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming: bool) -> None:
+def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: Resume | None) -> None:
     """Pretrain on the train split of a gold dataset.
+
+    Args:
+        recipe: its ``pretrain`` block counts.
+        data: gold dataset.
+        run: where the run goes.
+        ds_config: ZeRO configuration.
+        resume: go on from the newest checkpoint, if there is one.
 
     Raises:
         ValueError: anything that a user can put right.
@@ -26,7 +33,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
     config = recipe.pretrain
     manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
-    resuming = check_run(run, resuming)
+    resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
     if recipe.data.mix:
@@ -34,6 +41,9 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
         dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
     collator = Collator(modalities, views=2, seed=config.seed)
     loader = train_loader(dataset, collator, recipe.data, config)
+    about = describe_checkpoint(recipe, "pretrain", manifest)
+    if resuming:
+        check_resume(run, about, loader.state(0), resume == "force")
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
@@ -50,8 +60,10 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resuming
         config,
         run,
         resuming=resuming,
+        about=about,
         begin=validator.begin if validator else None,
         after_step=validator.after_step if validator else None,
+        score=validator.score if validator else None,
     )
     if distributed.rank() == 0:
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")

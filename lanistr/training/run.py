@@ -1,17 +1,18 @@
 """What pretraining and fine-tuning share: the run folder, and a model for a dataset."""
 
 import json
+import logging
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 
 from lanistr.config import DataConfig, OptimizerConfig, Recipe
-from lanistr.data.loader import Collator, TrainLoader
+from lanistr.data.loader import Collator, LoaderState, TrainLoader
 from lanistr.data.mixing import MixedDataset
 from lanistr.data.reader import GoldDataset
 from lanistr.manifest import Manifest
@@ -19,15 +20,28 @@ from lanistr.training import distributed
 from lanistr.training.checkpoint import find_latest
 from lanistr.training.transfer import save_schema
 
+logger = logging.getLogger(__name__)
+# What a resumed run may change: it decides how the work is done, watched and kept, not what is learnt.
+MAY_CHANGE = {
+    "data": {"path", "workers", "crc", "max_bad", "cache", "cache_gb"},
+    "model": {"attention", "compile", "checkpoint_activations"},
+    "task": {
+        "micro_batch", "save_every", "log_every", "keep", "keep_best", "keep_hours", "eval_every", "eval_samples",
+        "on_nonfinite", "check_every", "hang_after", "patience",
+    },
+}  # fmt: skip
 PACKAGES = ("lanistr", "torch", "deepspeed", "transformers", "numpy")
 
 
-def check_run(run: Path, resuming: bool) -> bool:
+Resume = Literal["auto", "force"]
+
+
+def check_run(run: Path, resume: Resume | None) -> bool:
     """Whether to resume.
 
     Args:
         run: run folder.
-        resuming: what the user asked for.
+        resume: what the user asked for.
 
     Returns:
         True where there is a checkpoint to go on from.
@@ -36,9 +50,66 @@ def check_run(run: Path, resuming: bool) -> bool:
         ValueError: a folder with checkpoints and no ``--resume``.
     """
     found = find_latest(run)
-    if found and not resuming:
+    if found and not resume:
         raise ValueError(f"{run} has a checkpoint of step {found.step}: give --resume auto, or another --run")
     return found is not None
+
+
+def describe_checkpoint(recipe: Recipe, task: Literal["pretrain", "finetune"], manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint says about the run that it is of."""
+    return {
+        "task": task,
+        "recipe": recipe.model_dump(mode="json"),
+        "dataset": manifest.name,
+        "content_id": manifest.content_id,
+        "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
+        "versions": _versions(),
+    }
+
+
+def check_resume(run: Path, about: dict[str, Any], state: LoaderState, force: bool) -> None:
+    """Whether this run may go on from the newest checkpoint.
+
+    Args:
+        run: run folder with a checkpoint.
+        about: of this run, from `describe_checkpoint`.
+        state: of this run's loader.
+        force: go on, and say what differs.
+
+    Raises:
+        ValueError: another task, dataset, tokenizer, recipe or order of the data, naming both values and the override.
+    """
+    found = find_latest(run)
+    assert found is not None, "check_run comes first"
+    then = found.loader_state
+    if "recipe" not in found.meta:
+        raise ValueError(f"{found.folder}: saved by another version of lanistr; start a new --run")
+    differences = _differences(found.meta, about) + then.differences(state)
+    if not differences:
+        return
+    said = "; ".join(f"{name} was {then}, is {now}" for name, then, now in differences[:3])
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    if not force:
+        raise ValueError(f"{found.folder} is of another run: {said}{more}; --resume force goes on all the same")
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("resumed by force: %s%s", said, more)
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = ("task", "content_id", "tokenizer")
+    found = [(name, then.get(name), now[name]) for name in names if then.get(name) != now[name]]
+    for block, free in (("data", "data"), ("model", "model"), ("objective", "objective"), (now["task"], "task")):
+        old, new = (_flatten(about["recipe"].get(block, {}), block) for about in (then, now))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name) and name.split(".")[1] not in MAY_CHANGE.get(free, ()):
+                found.append((name, old.get(name), new.get(name)))
+    return found
+
+
+def _flatten(tree: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {name: leaf for key, node in tree.items() for name, leaf in _flatten(node, f"{prefix}.{key}").items()}
 
 
 def train_loader(

@@ -41,6 +41,7 @@ class Validator:
         self.engine, self.val, self.collator, self.config, self.total = engine, val, collator, config, total
         self.positions = np.arange(min(val.n, config.eval_samples))
         self.path = run / "validation.jsonl"
+        self.measured: tuple[int, float] | None = None
 
     def begin(self, step: int) -> None:
         """Call once, with the steps done: a resumed run drops the rows that it is about to repeat."""
@@ -56,6 +57,10 @@ class Validator:
         if step % self.config.eval_every == 0 or step == self.total:
             self.measure(step)
         return False
+
+    def score(self, step: int) -> float | None:
+        """Minus the weighted sum of the terms after a step; None = not measured there."""
+        return -self.measured[1] if self.measured and self.measured[0] == step else None
 
     def measure(self, step: int) -> dict[str, float]:
         """Mean of each term over the held-out samples of all ranks."""
@@ -76,6 +81,7 @@ class Validator:
         reduced = distributed.all_reduce_sum([*sums.values(), *counts.values()], engine.device)
         pairs = zip(names, reduced[: len(names)], reduced[len(names) :], strict=True)
         terms = {name: total / count for name, total, count in pairs if count}
+        self.measured = step, sum(engine.weights[name] * value for name, value in terms.items())
         if rank == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "samples": len(self.positions), **terms}) + "\n")

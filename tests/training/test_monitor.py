@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from lanistr.data.reader import GoldDataset
 from lanistr.training.engine import StepResult
 from lanistr.training.loop import train
 from lanistr.training.monitor import DataWatch
+from lanistr.training.shards import Shards
 from tests.model.support import NAMES, make_modalities
 from tests.tiny_gold import write_gold
 
@@ -24,16 +25,27 @@ class Engine:
 
     device = torch.device("cpu")
     module = torch.nn.Linear(1, 1)
+    layout: ClassVar = {"ranks": 1}
+    updates = 0
 
     def train_step(self, micro_batches: Any, lr: float) -> StepResult:
         time.sleep(0.02)
         return StepResult({"mlm": 1.0}, 1.0, 1.0)
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir()
+    def save(self, folder: Path) -> Shards:
+        return Shards()
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         return {"w": torch.zeros(1)}
+
+    def full_moments(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_buffers(self, values: dict[str, torch.Tensor]) -> None:
+        assert not values
 
 
 class SlowDataset(GoldDataset):

@@ -38,6 +38,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval_every": 4,
         "log_every": 1,
         "lr": 1e-2,
+        "on_nonfinite": "skip",  # batch norm over two equal rows makes gradients explode
     }
     tree["finetune"] |= {"global_batch": 8, "epochs": 3, "log_every": 1, "dropout": 0.1, "hidden": 8}
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
@@ -83,10 +84,11 @@ def test_killed_and_resumed_equals_never_stopped_bitwise(recipe: Path, gold: Pat
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
-    outputs = [p.communicate()[0] for p in launch(1, arguments("pretrain", recipe, gold, broken, "--resume"))]
-    assert "error: " in outputs[0]
-    assert "saved by 2 ranks, this run has 1" in outputs[0]
-    assert "Traceback" not in outputs[0]
+    other = arguments("pretrain", recipe, gold, broken, "--resume", "auto", "pretrain.lr=1e-3", "pretrain.log_every=3")
+    (output,) = [p.communicate()[0] for p in launch(1, other)]
+    assert "error: " in output
+    assert "pretrain.lr was 0.01, is 0.001; --resume force" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.dist
@@ -108,7 +110,7 @@ def test_finetuning_freezes_encoders_and_writes_metrics(recipe: Path, gold: Path
     finish(launch(1, evaluate))
     result = json.loads((tuned / "metrics.json").read_text())
     assert result["n"] == 12
-    assert set(result["metrics"]) == {"accuracy", "macro_f1", "auroc"}
+    assert set(result["metrics"]) >= {"accuracy", "macro_f1", "auroc"}
     low, high = result["metrics"]["accuracy"]["ci95"]
     assert low <= result["metrics"]["accuracy"]["value"] <= high
 
