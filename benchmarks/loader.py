@@ -273,7 +273,7 @@ def member_rate(dataset: GoldDataset, plan: Plan, steps: int) -> float:
     """Samples per CPU second: the raw bytes of all members, in the order of the plan."""
     begin, seen = time.process_time(), 0
     for step in itertools.islice(plan.steps(0), steps):
-        seen += sum(bool(dataset.members(position)) for position in step.items_G.tolist())
+        seen += sum(bool(dataset.fetch(position).members) for position in step.items_G.tolist())
     return seen / (time.process_time() - begin)
 
 

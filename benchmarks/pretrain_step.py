@@ -35,7 +35,7 @@ from benchmarks.padded import dense_bert, padded_loss
 from lanistr.batch import Batch, to_device
 from lanistr.config import Recipe, load_recipe
 from lanistr.data.loader import Collator
-from lanistr.data.reader import Sample
+from lanistr.data.samples import Sample
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities import MODALITIES
 from lanistr.modalities.base import Modality

@@ -8,10 +8,9 @@ Shape suffixes: B samples, S sequences, T packed rows (tokens or steps), L slots
 buckets, N rows of a modality.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -165,24 +164,29 @@ def make_layout(lengths: Sequence[int] | np.ndarray) -> Layout:
     assert lengths_S.ndim == 1, lengths_S.shape
     assert lengths_S.min(initial=0 if not len(lengths_S) else 1) > 0, "a packed sequence has at least one row"
     starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
-    positions_T = np.arange(starts_S[-1]) - np.repeat(starts_S[:-1], lengths_S)
+    positions_T = np.arange(starts_S[-1])
+    positions_T -= np.repeat(starts_S[:-1], lengths_S)
     groups = _split_by_length(lengths_S)
     widths = [int(lengths_S[group].max()) for group in groups]
-    rows, real = [], []
-    for group, width in zip(groups, widths, strict=True):
-        slots_L = np.arange(width)
-        keep_SL = slots_L < lengths_S[group, None]
-        rows.append((starts_S[group, None] + np.where(keep_SL, slots_L, 0)).ravel())
-        real.append(keep_SL.ravel())
-    row_G, real_G = np.concatenate(rows), np.concatenate(real)
-    slot_T = np.empty(starts_S[-1], dtype=np.int64)
-    slot_T[row_G[real_G]] = np.flatnonzero(real_G)
+    ends = np.cumsum([len(group) * width for group, width in zip(groups, widths, strict=True)])
+    row_G, bias_G = np.empty(ends[-1], dtype=np.int64), np.zeros(ends[-1], dtype=np.float32)
+    first_slot_S = np.empty_like(lengths_S)
+    for group, width, end in zip(groups, widths, ends, strict=True):
+        begin = end - len(group) * width
+        first_slot_S[group] = np.arange(begin, end, width)
+        starts_S1, slots_L = starts_S[group, None], np.arange(width)
+        padding_SL = slots_L >= lengths_S[group, None]
+        row_SL = np.add(starts_S1, slots_L, out=row_G[begin:end].reshape(-1, width))
+        np.copyto(row_SL, starts_S1, where=padding_SL)
+        np.copyto(bias_G[begin:end].reshape(-1, width), np.float32(-np.inf), where=padding_SL)
+    slot_T = np.repeat(first_slot_S, lengths_S)
+    slot_T += positions_T
     return Layout(
         cu_seqlens=torch.from_numpy(starts_S.astype(np.int32)),
         max_seqlen=int(lengths_S.max()),
         positions_T=torch.from_numpy(positions_T),
         row_G=torch.from_numpy(row_G),
-        bias_G=torch.from_numpy(np.where(real_G, np.float32(0), np.float32(-np.inf))),
+        bias_G=torch.from_numpy(bias_G),
         slot_T=torch.from_numpy(slot_T),
         buckets=tuple((len(group), width) for group, width in zip(groups, widths, strict=True)),
     )
@@ -195,23 +199,33 @@ def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
     """
     order = np.argsort(lengths_S, kind="stable")
     ordered = lengths_S[order]
-    cuts: list[int] = []
-    while len(cuts) < MAX_BUCKETS - 1:
-        best, best_saving = None, MIN_SAVING - 1
-        edges = [0, *sorted(cuts), len(ordered)]
-        for low, high in itertools.pairwise(edges):
-            inner = np.arange(low + 1, high)
-            if not len(inner):
-                continue
-            saving = (inner - low) * (ordered[high - 1] - ordered[inner - 1])
-            at = int(saving.argmax())
-            if saving[at] > best_saving:
-                best, best_saving = int(inner[at]), int(saving[at])
-        if best is None:
+    cuts = [_best_cut(ordered, 0, len(ordered))]
+    while len(cuts) < MAX_BUCKETS:
+        widest = max(range(len(cuts)), key=lambda i: cuts[i].saving)
+        _, low, at, high = cuts[widest]
+        if cuts[widest].saving < MIN_SAVING:
             break
-        cuts.append(best)
-    edges = [0, *sorted(cuts), len(ordered)]
-    return [order[low:high] for low, high in itertools.pairwise(edges)]
+        cuts[widest : widest + 1] = [_best_cut(ordered, low, at), _best_cut(ordered, at, high)]
+    return [order[cut.low : cut.high] for cut in cuts]
+
+
+class _Cut(NamedTuple):
+    """Padded slots that are saved when ``[low, high)`` is cut at ``at``."""
+
+    saving: int
+    low: int
+    at: int
+    high: int
+
+
+def _best_cut(ordered: np.ndarray, low: int, high: int) -> _Cut:
+    """Of sequences in the order of their length."""
+    if (high - low) * int(ordered[high - 1] - ordered[low]) < MIN_SAVING:
+        return _Cut(0, low, low, high)
+    inner = np.arange(low + 1, high)
+    saving = (inner - low) * (ordered[high - 1] - ordered[low : high - 1])
+    best = int(saving.argmax())
+    return _Cut(int(saving[best]), low, int(inner[best]), high)
 
 
 def make_fusion_index(
@@ -244,15 +258,17 @@ def make_fusion_index(
         start += pool * views
     counts_VS = np.tile(rows_in_slot.ravel(), views)
     ends = np.cumsum(counts_VS)
-    gather_T = np.repeat(first_in_pool.ravel() - (ends - counts_VS), counts_VS) + np.arange(ends[-1])
+    gather_T = np.repeat(first_in_pool.ravel() - (ends - counts_VS), counts_VS)
+    gather_T += np.arange(ends[-1])
     per_sample = rows_in_slot.sum(1)
     layout = make_layout(np.tile(per_sample, views))
-    slots = np.repeat(np.arange(rows_in_slot.size), rows_in_slot.ravel())
+    sizes = rows_in_slot.ravel()
+    weights = (1 / np.maximum(sizes, 1)).astype(np.float32)
     return FusionIndex(
         gather_T=torch.from_numpy(gather_T),
         layout=layout,
         cls_S=layout.cu_seqlens[:-1].long(),
-        token_weight_T=torch.from_numpy(np.repeat(weights_B / per_sample, per_sample).astype(np.float32)),
-        slot_T=torch.from_numpy(slots),
-        slot_weight_T=torch.from_numpy((1 / rows_in_slot.ravel()[slots]).astype(np.float32)),
+        token_weight_T=torch.from_numpy(np.repeat((weights_B / per_sample).astype(np.float32), per_sample)),
+        slot_T=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        slot_weight_T=torch.from_numpy(np.repeat(weights, sizes)),
     )

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lanistr.batch import to_device
 from lanistr.config import Recipe
 from lanistr.data.loader import Collator
-from lanistr.data.reader import Sample
+from lanistr.data.samples import Sample
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities import MODALITIES
 from lanistr.modalities.base import Modality

@@ -28,6 +28,8 @@ def deal(step: Step, ranks: int, micro_batches: int, equal_counts: bool = True) 
         raise ValueError(
             f"a step of {len(step.items_G)} samples is less than one for each of {ranks} ranks x {micro_batches} micro-batches"
         )
+    if slots == 1:
+        return [[step.items_G]]
     code_G = np.unique(step.strata_G, return_inverse=True)[1]
     mean = np.bincount(code_G, weights=step.tokens_G) / np.bincount(code_G)
     order = np.lexsort((-step.tokens_G, code_G, -mean[code_G]))

@@ -29,7 +29,7 @@ class ShardIndex:
         label_N: -1 = unlabelled.
         target_NL: float32, NaN = unknown; no columns where the target is a class.
         facts: for the plan; the stratum is the presence mask.
-        places: per member (offsets, sizes, crc32s); offset -1 = absent.
+        places_NM3: offset, size and crc32 of each of `SplitIndex.members`; offset -1 = absent.
     """
 
     keys_N: np.ndarray
@@ -37,7 +37,7 @@ class ShardIndex:
     label_N: np.ndarray
     target_NL: np.ndarray
     facts: Facts
-    places: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    places_NM3: np.ndarray
 
 
 class SplitIndex:
@@ -56,7 +56,7 @@ class SplitIndex:
         self.store, self.shards, self.modalities = store, shards, modalities
         self.targets = 0 if manifest.target == "class" else len(manifest.labels)
         self.bits = {name: manifest.bit(name) for name in modalities}
-        self._members = [
+        self.members = [
             member for m in modalities.values() for i in range(m.items) for member in item_members(m.members, i)
         ]
         # Modality by modality in the order of how long they can get; those of one length do not tell samples apart.
@@ -83,7 +83,7 @@ class SplitIndex:
         return loaded
 
     def _load(self, shard: Shard) -> ShardIndex:
-        names = [f"{field}/{m}" for m in self._members for field in ("offset", "size", "crc32")]
+        names = [f"{field}/{m}" for m in self.members for field in ("offset", "size", "crc32")]
         columns = [
             "key",
             "presence",
@@ -109,7 +109,7 @@ class SplitIndex:
             ) from None
         array = {name: table[name].to_numpy() for name in columns if name not in ("key", "target")}
         presence_N = array["presence"].astype(np.int64) & sum(self.bits.values())
-        places = {m: (array[f"offset/{m}"], array[f"size/{m}"], array[f"crc32/{m}"]) for m in self._members}
+        places_NM3 = np.stack([array[name].astype(np.int64) for name in names], axis=1).reshape(shard.n, -1, 3)
         keys_N = np.array(table["key"].to_pylist(), dtype=np.bytes_)
         label_N = array["label"].astype(np.int64)
         target_NL = np.full((len(keys_N), self.targets), np.nan, dtype=np.float32)
@@ -118,7 +118,7 @@ class SplitIndex:
             target_NL[[row for row, _ in known]] = np.array([v for _, v in known], dtype=np.float32).reshape(
                 len(known), -1
             )
-        return ShardIndex(keys_N, presence_N, label_N, target_NL, self._facts(array, presence_N), places)
+        return ShardIndex(keys_N, presence_N, label_N, target_NL, self._facts(array, presence_N), places_NM3)
 
     def _facts(self, array: dict[str, np.ndarray], presence_N: np.ndarray) -> Facts:
         tokens = {}

@@ -15,7 +15,8 @@ from lanistr.data.deal import deal, eval_order
 from lanistr.data.mixing import MixedDataset
 from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window
 from lanistr.data.prefetch import prefetch
-from lanistr.data.reader import CorruptSample, GoldDataset, Sample, Several
+from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import CorruptSample, Sample, Several, intact, read_samples
 from lanistr.data.streams import Streams
 from lanistr.modalities.base import Collated, Modality
 
@@ -57,11 +58,13 @@ class Collator:
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
             items = [
-                (i, item, content) for i, s in enumerate(samples) for item, content in _items(s.contents.get(name))
+                (i, item, content)
+                for i, sample in enumerate(samples)
+                if name in sample.contents
+                for item, content in enumerate(_items(sample.contents[name]))
             ]
             present = [i for i, _, _ in items]
-            keyed = [(samples[i], item, content) for i, item, content in items]
-            collated = self._collate(name, modality, keyed, weights_B[present], epoch)
+            collated = self._collate(name, modality, samples, items, weights_B[present], epoch)
             inputs[name] = collated.inputs
             counts[modality.term] = counts.get(modality.term, 0.0) + collated.count
             pools.append(int(collated.token_counts.sum()))
@@ -91,26 +94,29 @@ class Collator:
         draws = self._stream("drop", self.seed, epoch, sample.repeat, sample.key).random(len(self.modalities))
         dropped = {name for name, draw in zip(self.modalities, draws, strict=True) if draw < self.modality_dropout}
         kept = {name: content for name, content in sample.contents.items() if name not in dropped}
-        return replace(sample, contents=kept) if kept else sample
+        return sample._replace(contents=kept) if kept else sample
 
     def _collate(
         self,
         name: str,
         modality: Modality[Any, Any],
-        present: list[tuple[Sample, int, Any]],
+        samples: Sequence[Sample],
+        items: list[tuple[int, int, Any]],
         weights: np.ndarray,
         epoch: int,
     ) -> Collated[Any]:
-        contents = [content for _, _, content in present]
-        names: list[tuple[object, ...]] = [(s.repeat, s.key, name, *([item] if item else [])) for s, item, _ in present]
-        if not present:  # the law of equal work: a dummy of weight 0 runs in the same place
+        """Args: ``items`` are (sample, number within the sample, content)."""
+        contents = [content for _, _, content in items]
+        if not items:  # the law of equal work: a dummy of weight 0 runs in the same place
             contents, weights = [modality.dummy()], np.zeros(1, dtype=np.float32)
-            names = [(0, "dummy", name)]
         masks = None
         if self.views == 2:
+            names: list[tuple[object, ...]] = [
+                (samples[i].repeat, samples[i].key, name, *([item] if item else [])) for i, item, _ in items
+            ]
             masks = [
                 modality.corrupt(content, self._stream("corrupt", self.seed, epoch, *key))
-                for content, key in zip(contents, names, strict=True)
+                for content, key in zip(contents, names or [(0, "dummy", name)], strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())
 
@@ -121,10 +127,9 @@ def _targets(samples: Sequence[Sample]) -> torch.Tensor | None:
     return torch.from_numpy(np.stack(known)) if known else None
 
 
-def _items(content: Any) -> Iterator[tuple[int, Any]]:
-    """The texts, images, ... of one sample, numbered; nothing where it has none."""
-    if content is not None:
-        yield from enumerate(content if isinstance(content, Several) else (content,))
+def _items(content: Any) -> tuple[Any, ...]:
+    """The texts, images, ... of one sample."""
+    return content if isinstance(content, Several) else (content,)
 
 
 @dataclass(frozen=True)
@@ -203,28 +208,36 @@ class _MicroBatches:
         epoch, items = self.items(index)
         planned = time.perf_counter()
         replaced: list[tuple[str, str]] = []
-        samples = [self._read(int(item), epoch, replaced) for item in items]
+        samples = self._read(items, epoch, replaced)
         read = time.perf_counter()
         batch = self.collator(samples, [1.0] * len(samples), epoch)
         done = time.perf_counter()
         return replace(batch, loading=Loading(planned - begin, read - planned, done - read, tuple(replaced)))
 
-    def _read(self, item: int, epoch: int, replaced: list[tuple[str, str]]) -> Sample:
-        repeat, position = divmod(item, self.plan.samples)
+    def _read(self, items: np.ndarray, epoch: int, replaced: list[tuple[str, str]]) -> list[Sample]:
+        repeats, positions = np.divmod(items, self.plan.samples)
         if self.positions is not None:
-            position = int(self.positions[position])
-        key = (self.collator.seed, epoch, repeat)
-        try:
-            return replace(self.dataset.read(position, key), repeat=repeat)
-        except CorruptSample as bad:
-            replaced.append((bad.key, bad.reason))
-            last = bad
-        for substitute in self.dataset.substitutes(position, *key):
-            try:
-                return replace(self.dataset.read(substitute, key), repeat=repeat)
-            except CorruptSample as bad:
-                replaced.append((bad.key, bad.reason))
-        raise ValueError(f"{last.reason}; and no sample with the same modalities could be read in its place")
+            positions = self.positions[positions]
+        found = read_samples(self.dataset, positions.tolist(), repeats.tolist(), (self.collator.seed, epoch))
+        return [
+            self._substitute(int(position), int(repeat), epoch, sample, replaced)
+            if isinstance(sample, CorruptSample)
+            else sample
+            for position, repeat, sample in zip(positions, repeats, found, strict=True)
+        ]
+
+    def _substitute(
+        self, position: int, repeat: int, epoch: int, bad: CorruptSample, replaced: list[tuple[str, str]]
+    ) -> Sample:
+        """Another sample in the place of a bad one."""
+        replaced.append((bad.key, bad.reason))
+        key = (self.collator.seed, epoch)
+        for substitute in self.dataset.substitutes(position, *key, repeat):
+            (sample,) = read_samples(self.dataset, [substitute], [repeat], key)
+            if isinstance(sample, Sample):
+                return sample
+            replaced.append((sample.key, sample.reason))
+        raise ValueError(f"{bad.reason}; and no sample with the same modalities could be read in its place")
 
 
 class TrainLoader:
@@ -333,7 +346,7 @@ class _EvalBatches:
         self.dataset, self.collator, self.positions = dataset, collator, positions
 
     def __call__(self, index: int) -> Batch:
-        samples = [self.dataset.read(max(0, int(position))) for position in self.positions[index]]
+        samples = intact(read_samples(self.dataset, np.maximum(self.positions[index], 0).tolist()))
         return self.collator(samples, [float(position >= 0) for position in self.positions[index]], 0)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from lanistr.data.plan import Facts
-from lanistr.data.reader import GoldDataset, Sample
+from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import Fetched
 from lanistr.manifest import Manifest
 from lanistr.modalities.base import Modality
 
@@ -71,10 +72,10 @@ class MixedDataset:
             own = [shard for shard, of in zip(shards, numbers, strict=True) if of == number]
             dataset.fetch_ahead([shard - int(self._first_shard[number]) for shard in own])
 
-    def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Sample:
-        """As `GoldDataset.read`."""
+    def fetch(self, position: int) -> Fetched:
+        """As `GoldDataset.fetch`."""
         number, own = self._locate(position)
-        return self.datasets[number].read(own, rng_key)
+        return self.datasets[number].fetch(own)
 
     def substitutes(self, position: int, *rng_key: object) -> list[int]:
         """As `GoldDataset.substitutes`, from the same dataset."""

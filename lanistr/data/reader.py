@@ -4,7 +4,6 @@ import logging
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,9 @@ from lanistr.config import DataConfig
 from lanistr.data.index import ShardIndex, SplitIndex
 from lanistr.data.plan import Facts
 from lanistr.data.remote import Blob, Store, open_store
+from lanistr.data.samples import CorruptSample, Fetched, Sample, intact, read_samples
 from lanistr.data.streams import philox
-from lanistr.manifest import Manifest, item_members
+from lanistr.manifest import Manifest
 from lanistr.modalities.base import Modality
 
 logger = logging.getLogger(__name__)
@@ -24,61 +24,6 @@ Crc = Literal["first", "always", "never"]
 OPEN_FILES = 256
 GAP = 1023  # a header and padding: neighbours in the tar come in one read, and nothing else comes with them
 TRIES = 8  # replacements tried for one bad sample
-
-
-class CorruptSample(ValueError):
-    """A sample whose bytes are gone, are not what the index says, or cannot be decoded.
-
-    Attributes:
-        key: of the sample.
-        reason: what is wrong, and where.
-    """
-
-    def __init__(self, key: str, reason: str):
-        super().__init__(reason)
-        self.key, self.reason = key, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:  # through the pipe of a worker process
-        return type(self), (self.key, self.reason)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One decoded sample.
-
-    Attributes:
-        presence: bitmask of the modalities in use.
-        label: -1 = unlabelled.
-        target: (L,) float32 numbers of a multi-label target or a regression, NaN = unknown; None with classes.
-        contents: what `Modality.decode` returned, present modalities only.
-        repeat: how many times the epoch has already seen it; a repeat draws new masks.
-    """
-
-    key: str
-    presence: int
-    label: int
-    contents: dict[str, Any]
-    repeat: int = 0
-    target: np.ndarray | None = None
-
-
-class Several(tuple[Any, ...]):
-    """The contents of a modality of which a sample may have more than one (`ModalitySchema.items`)."""
-
-
-def _decode(modality: Modality[Any, Any], members: Mapping[str, bytes], augment: tuple[object, ...] | None) -> Any:
-    """Content of a sample's modality: one, or `Several` where the schema allows more."""
-    found = []
-    for item in range(modality.items):
-        names = item_members(modality.members, item)
-        if names[0] not in members:
-            continue
-        own = {member: members[name] for member, name in zip(modality.members, names, strict=True)}
-        if augment is not None:
-            found.append(modality.decode_augmented(own, philox("augment", *augment, *([item] if item else []))))
-        else:
-            found.append(modality.decode(own))
-    return Several(found) if modality.items > 1 else found[0]
 
 
 class GoldDataset:
@@ -119,7 +64,8 @@ class GoldDataset:
                     raise ValueError(f"{path}: {file} is missing, but the manifest names it; rebuild the dataset")
         self.index = SplitIndex(self.store, self.manifest, self.shards, self.modalities)
         self._blobs: OrderedDict[int, Blob] = OrderedDict()
-        self._verified: dict[int, np.ndarray] = {}
+        self._verified: dict[int, bytearray] = {}
+        self._where = [f"{path}/{shard.path}" for shard in self.shards]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {
@@ -172,56 +118,41 @@ class GoldDataset:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard and row of a sample."""
-        shard = int(np.searchsorted(self.starts, position, "right")) - 1
+        shard = int(self.starts.searchsorted(position, "right")) - 1
         return shard, position - int(self.starts[shard])
 
-    def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Sample:
-        """Read and decode the sample at ``position``.
+    def read(self, position: int) -> Sample:
+        """Read and decode the sample at ``position``. Raises `CorruptSample`: its bytes are gone or damaged."""
+        return intact(read_samples(self, [position]))[0]
 
-        Args:
-            position: in the split.
-            rng_key: draw random augmentations keyed by this and the sample; None = decode plainly.
-
-        Raises:
-            CorruptSample: its bytes are gone or damaged.
-        """
+    def fetch(self, position: int) -> Fetched:
+        """The members in use of the sample at ``position``. Raises `CorruptSample`: its bytes are gone or damaged."""
         shard, row = self.locate(position)
         part = self.index[shard]
-        key, presence = part.keys_N[row].decode(), int(part.presence_N[row])
-        contents: dict[str, Any] = {}
-        members = self.members(position)
-        for name, modality in self.modalities.items():
-            if not presence & self.index.bits[name]:
-                continue
-            augment = (*rng_key, key, name) if rng_key is not None and modality.augments else None
-            try:
-                contents[name] = _decode(modality, members, augment)
-            except ValueError as error:
-                raise CorruptSample(key, f"{self._where(shard, key)}: {error}") from None
-        target = part.target_NL[row] if part.target_NL.shape[1] else None
-        return Sample(key, presence, int(part.label_N[row]), contents, target=target)
-
-    def members(self, position: int) -> dict[str, bytes]:
-        """The raw members of a sample that are in use. Raises `CorruptSample`."""
-        shard, row = self.locate(position)
-        part = self.index[shard]
-        wanted = [(int(o[row]), int(s[row]), m) for m, (o, s, _) in part.places.items() if o[row] >= 0]
         key = part.keys_N[row].decode()
+        described = part.places_NM3[row].tolist()
+        wanted = [
+            (offset, size, crc, m)
+            for (offset, size, crc), m in zip(described, self.index.members, strict=True)
+            if offset >= 0
+        ]
+        wanted.sort()
+        where = self._where[shard]
         try:
-            found = _read_runs(self._blob(shard), sorted(wanted))
+            members = _read_runs(self._blob(shard), wanted)
         except OSError as error:
-            raise CorruptSample(key, f"{self._where(shard, key)}: cannot be read: {error}") from None
-        for _, size, member in wanted:
-            if len(found[member]) != size:
-                reason = f"{len(found[member])} bytes of {size}; truncated shard?"
-                raise CorruptSample(key, f"{self._where(shard, key)}.{member}: {reason}")
-        if self._must_verify(shard, row):
-            for _, _, member in wanted:
-                if zlib.crc32(found[member]) != part.places[member][2][row]:
-                    raise CorruptSample(key, f"{self._where(shard, key)}.{member}: crc32 differs from the index")
-            if self.crc == "first":
-                self._verified[shard][row] = True
-        return found
+            raise CorruptSample(key, f"{where}: {key}: cannot be read: {error}") from None
+        verify = self._must_verify(shard, row)
+        for _, size, crc, member in wanted:
+            data = members[member]
+            if len(data) != size:
+                raise CorruptSample(key, f"{where}: {key}.{member}: {len(data)} bytes of {size}; truncated shard?")
+            if verify and zlib.crc32(data) != crc:
+                raise CorruptSample(key, f"{where}: {key}.{member}: crc32 differs from the index")
+        if verify and self.crc == "first":
+            self._verified[shard][row] = True
+        target = part.target_NL[row] if self.index.targets else None
+        return Fetched(key, int(part.presence_N[row]), int(part.label_N[row]), target, members, where)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Begin to fetch remote shards that will be read soon."""
@@ -232,7 +163,7 @@ class GoldDataset:
         if self.crc != "first":
             return self.crc == "always"
         if shard not in self._verified:
-            self._verified[shard] = np.zeros(self.shards[shard].n, dtype=bool)
+            self._verified[shard] = bytearray(self.shards[shard].n)
         return not self._verified[shard][row]
 
     def _blob(self, shard: int) -> Blob:
@@ -251,9 +182,6 @@ class GoldDataset:
         else:
             self._blobs.move_to_end(shard)
         return self._blobs[shard]
-
-    def _where(self, shard: int, key: str) -> str:
-        return f"{self.path}/{self.shards[shard].path}: {key}"
 
     def substitutes(self, position: int, *rng_key: object) -> list[int]:
         """Positions of samples that may stand in for a bad one: same presence mask, not longer where there is such a one.
@@ -299,12 +227,12 @@ class GoldDataset:
         return np.sort(order[np.argsort(place, kind="stable")[:limit]])
 
 
-def _read_runs(blob: Blob, wanted: list[tuple[int, int, str]]) -> dict[str, bytes]:
+def _read_runs(blob: Blob, wanted: list[tuple[int, int, int, str]]) -> dict[str, bytes]:
     """Members by name; neighbours come in one read, unused ones between them are skipped.
 
     Args:
         blob: the tar.
-        wanted: (offset, size, member), ascending.
+        wanted: (offset, size, crc, member), ascending.
     """
     found: dict[str, bytes] = {}
     while wanted:
@@ -313,7 +241,7 @@ def _read_runs(blob: Blob, wanted: list[tuple[int, int, str]]) -> dict[str, byte
             end = wanted[count][0] + wanted[count][1]
             count += 1
         data = blob.read(begin, end - begin)
-        for offset, size, member in wanted[:count]:
+        for offset, size, _, member in wanted[:count]:
             found[member] = data[offset - begin : offset - begin + size]
         wanted = wanted[count:]
     return found

@@ -5,6 +5,7 @@ with the parameters. A fifth modality is one such file, one line in `lanistr.mod
 `lanistr.transforms`.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,27 @@ class Collated(Generic[InputT]):
     inputs: InputT
     token_counts: np.ndarray
     count: float
+
+
+def stack(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """`numpy.stack`; a view, not a copy, where the rows lie one after the other in one array."""
+    first, begin = rows[0], address(rows[0])
+    beside = first.base is not None and all(
+        row.base is first.base
+        and row.strides == first.strides
+        and row.shape == first.shape
+        and row.dtype == first.dtype
+        and address(row) == begin + i * first.nbytes
+        for i, row in enumerate(rows)
+    )
+    if not (beside and first.flags.c_contiguous):
+        return np.stack(rows)
+    return np.lib.stride_tricks.as_strided(first, (len(rows), *first.shape), (first.nbytes, *first.strides))
+
+
+def address(array: np.ndarray) -> int:
+    """Where the first element lies in memory."""
+    return array.__array_interface__["data"][0]
 
 
 class Modality(ABC, Generic[ContentT, InputT]):
@@ -66,6 +88,21 @@ class Modality(ABC, Generic[ContentT, InputT]):
     def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> ContentT:
         """As `decode`, for training, with random augmentations."""
         return self.decode(members)
+
+    def decode_batch(
+        self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
+    ) -> list[ContentT | ValueError]:
+        """As `decode` (with ``rngs``, each good until the next one: `decode_augmented`) of each sample, all at once.
+
+        In the place of a sample with corrupt bytes stands the error.
+        """
+        found: list[ContentT | ValueError] = []
+        for own, rng in zip(members, rngs or itertools.repeat(None), strict=rngs is not None):
+            try:
+                found.append(self.decode(own) if rng is None else self.decode_augmented(own, rng))
+            except ValueError as error:
+                found.append(error)
+        return found
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """Tokens that samples of these lengths in the index (each at least 1) give to fusion: what they cost."""

@@ -4,9 +4,9 @@ Shape suffixes: N rows of one view, R numeric columns, C categorical columns, K 
 embedding, S steps, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,7 @@ class TabularConfig(Strict):
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Standardised numbers (0 where missing), category ids, and which of the K cells are observed."""
 
     numeric_R: np.ndarray
@@ -101,16 +100,47 @@ class TabularModality(Modality[Row, TabularInput]):
 
     def decode(self, members: Mapping[str, bytes]) -> Row:
         """Standardise the numbers; a missing cell is 0 (the mean) or category 0."""
-        row_K = read_npy(members["tab.npy"]).astype(np.float32)
-        numeric, categories = len(self.mean), len(self.cardinality)
-        if row_K.shape != (numeric + categories,):
-            raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {numeric + categories} columns")
-        observed_K = np.isfinite(row_K)
-        numbers = np.where(observed_K[:numeric], (row_K[:numeric] - self.mean) / self.std, 0)
-        ids = np.where(observed_K[numeric:], row_K[numeric:], MISSING_ID).astype(np.int64)
-        if (ids < 0).any() or (ids >= self.cardinality).any():
-            raise ValueError(f"tab.npy: category ids {ids.tolist()}, cardinalities {self.cardinality.tolist()}")
-        return Row(numbers.astype(np.float32), ids, observed_K)
+        (row,) = self._standardise(self._stored(members)[None])
+        if isinstance(row, ValueError):
+            raise row
+        return row
+
+    def decode_batch(
+        self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
+    ) -> list[Row | ValueError]:
+        """As `Modality.decode_batch`, the arithmetic of all rows at once."""
+        found: list[Any] = []
+        for own in members:
+            try:
+                found.append(self._stored(own))
+            except ValueError as error:
+                found.append(error)
+        good = [i for i, row in enumerate(found) if not isinstance(row, ValueError)]
+        if good:
+            for i, row in zip(good, self._standardise(np.stack([found[i] for i in good])), strict=True):
+                found[i] = row
+        return found
+
+    def _stored(self, members: Mapping[str, bytes]) -> np.ndarray:
+        """(K,) float32 as written."""
+        row_K = read_npy(members["tab.npy"])
+        columns = len(self.mean) + len(self.cardinality)
+        if row_K.shape != (columns,):
+            raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {columns} columns")
+        return row_K.astype(np.float32, copy=False)
+
+    def _standardise(self, rows_nK: np.ndarray) -> list[Row | ValueError]:
+        numeric = len(self.mean)
+        observed_nK = np.isfinite(rows_nK)
+        numbers_nR = np.where(observed_nK[:, :numeric], (rows_nK[:, :numeric] - self.mean) / self.std, 0)
+        numbers_nR = numbers_nR.astype(np.float32, copy=False)
+        ids_nC = np.where(observed_nK[:, numeric:], rows_nK[:, numeric:], MISSING_ID).astype(np.int64)
+        found: list[Row | ValueError] = list(map(Row, numbers_nR, ids_nC, observed_nK))
+        for i in np.flatnonzero(((ids_nC < 0) | (ids_nC >= self.cardinality)).any(axis=1)):
+            found[i] = ValueError(
+                f"tab.npy: category ids {ids_nC[i].tolist()}, cardinalities {self.cardinality.tolist()}"
+            )
+        return found
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """One per decision step."""

@@ -3,6 +3,8 @@
 Shape suffixes: T packed tokens (all views), M masked tokens, N rows, D width, V vocabulary, H heads, K head width.
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -90,12 +92,29 @@ class TextModality(Modality[np.ndarray, TextInput]):
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Token ids, cut to ``max_tokens`` (the final [SEP] is kept)."""
-        ids = read_npy(members["tok.npy"]).astype(np.int64)
-        if ids.ndim != 1 or len(ids) < 2 or int(ids.max()) >= self.spec.vocab_size:
+        ids = read_npy(members["tok.npy"])
+        if ids.ndim != 1 or len(ids) < 2 or not 0 <= ids.min() <= ids.max() < self.spec.vocab_size:
             raise ValueError(f"tok.npy: shape {ids.shape}, largest id {ids.max(initial=-1)}: not token ids")
-        if len(ids) > self.config.max_tokens:
-            ids = np.append(ids[: self.config.max_tokens - 1], self.spec.sep_id)
-        return ids
+        return self._cut(ids).astype(np.int64)
+
+    def decode_batch(
+        self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
+    ) -> list[np.ndarray | ValueError]:
+        """As `Modality.decode_batch`; looks at each text alone only where something is wrong with one."""
+        with contextlib.suppress(ValueError):
+            texts = [read_npy(own["tok.npy"]) for own in members]
+            lengths = [len(ids) for ids in texts if ids.ndim == 1]
+            if len(lengths) == len(texts) and min(lengths, default=0) >= 2:
+                flat_T = np.concatenate(texts).astype(np.int64)
+                if flat_T.min() >= 0 and flat_T.max() < self.spec.vocab_size:
+                    ends = list(itertools.accumulate(lengths))
+                    return [self._cut(flat_T[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+        return super().decode_batch(members, rngs)
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) <= self.config.max_tokens:
+            return ids
+        return np.append(ids[: self.config.max_tokens - 1], self.spec.sep_id)
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """Cut to ``max_tokens``."""

@@ -80,7 +80,7 @@ def test_foreign_webdataset_tars_are_read_through_a_built_index(tmp_path: Path) 
     for i, names in enumerate(present.values()):
         assert sorted(dataset.read(i).contents) == sorted(names)
         expected = random_members(np.random.default_rng(i))
-        assert dataset.members(i) == {m: data for name in names for m, data in expected[name].items()}
+        assert dataset.fetch(i).members == {m: data for name in names for m, data in expected[name].items()}
     loader = TrainLoader(
         dataset, Collator(make_modalities(), 2, 0), global_batch=8, micro_batch=None, ranks=1, rank=0, seed=0,
         grouping="grouped",

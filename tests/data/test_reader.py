@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
-from lanistr.data.reader import CorruptSample, GoldDataset
+from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import CorruptSample
 from tests.model.support import NAMES, make_modalities
 from tests.tiny_gold import write_gold
 
@@ -29,7 +30,9 @@ def open_train(gold: Path, crc: str = "first") -> GoldDataset:
 def place(dataset: GoldDataset, position: int, member: str) -> tuple[Path, int]:
     """File and offset of a member."""
     shard, row = dataset.locate(position)
-    return Path(dataset.path) / dataset.shards[shard].path, int(dataset.index[shard].places[member][0][row])
+    return Path(dataset.path) / dataset.shards[shard].path, int(
+        dataset.index[shard].places_NM3[row, dataset.index.members.index(member), 0]
+    )
 
 
 def flip(gold: Path, position: int, member: str, at: int = 40) -> str:
@@ -76,7 +79,7 @@ def test_samples_are_read_member_by_member_like_tarfile_reads_them(gold: Path) -
     for shard in dataset.shards:
         with tarfile.open(gold / shard.path) as tar:
             expected |= {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
-    read = {f"{dataset.keys[i]}.{m}": data for i in range(dataset.n) for m, data in dataset.members(i).items()}
+    read = {f"{dataset.keys[i]}.{m}": data for i in range(dataset.n) for m, data in dataset.fetch(i).members.items()}
     assert read == {name: data for name, data in expected.items() if not name.endswith(".json")}
 
 

@@ -68,8 +68,8 @@ def store(gold: Path, tmp_path: Path, limit: int = 10**9) -> CachedStore:
 def read(gold: Path, store: CachedStore) -> list[str]:
     dataset = GoldDataset(f"flaky://{gold}", "train", make_modalities(), "always", store)
     local = GoldDataset(gold, "train", make_modalities())
-    members = [dataset.members(i) for i in range(dataset.n)]
-    assert members == [local.members(i) for i in range(local.n)]
+    members = [dataset.fetch(i).members for i in range(dataset.n)]
+    assert members == [local.fetch(i).members for i in range(local.n)]
     return dataset.keys
 
 
@@ -118,9 +118,9 @@ def test_the_least_recently_used_files_make_room(gold: Path, tmp_path: Path) -> 
 def test_a_file_in_use_survives_its_eviction(gold: Path, tmp_path: Path) -> None:
     made = store(gold, tmp_path)
     dataset = GoldDataset(f"flaky://{gold}", "train", make_modalities(), "always", made)
-    first = dataset.members(0)
+    first = dataset.fetch(0).members
     made._make_room(made.limit)
-    assert dataset.members(0) == first
+    assert dataset.fetch(0).members == first
 
 
 @pytest.mark.parametrize("free_after_eviction", [True, False])
@@ -149,7 +149,7 @@ def test_a_full_cache_disk_first_makes_room_then_reads_piece_by_piece(
 
 
 def test_a_shard_that_is_gone_remotely_is_not_asked_for_again_and_again(gold: Path, tmp_path: Path) -> None:
-    from lanistr.data.reader import CorruptSample
+    from lanistr.data.samples import CorruptSample
 
     dataset = GoldDataset(f"flaky://{gold}", "train", make_modalities(), "always", store(gold, tmp_path))
     dataset.read(20)

@@ -9,7 +9,8 @@ import torch
 import webdataset
 
 from lanistr.data.loader import Collator
-from lanistr.data.reader import GoldDataset, Several
+from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import Several
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
 from tests.model.padded_oracle import dense_block

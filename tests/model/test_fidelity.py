@@ -146,7 +146,7 @@ def test_no_step_asks_the_device_a_question(presence: list) -> None:
 
 def make_one_view(modalities: Any, presence: list) -> Any:
     from lanistr.data.loader import Collator
-    from lanistr.data.reader import Sample
+    from lanistr.data.samples import Sample
 
     contents, _ = random_samples(modalities, presence, 0)
     samples = [Sample(key=str(i), label=0, presence=0, contents=c) for i, c in enumerate(contents)]

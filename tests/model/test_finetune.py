@@ -10,7 +10,7 @@ import torch
 from lanistr.batch import Batch
 from lanistr.config import FinetuneConfig
 from lanistr.data.loader import Collator
-from lanistr.data.reader import Sample
+from lanistr.data.samples import Sample
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Finetune
 from tests.model.support import NAMES, RECIPE, make_modalities, random_samples

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lanistr.config import load_recipe
 from lanistr.data.loader import Collator
-from lanistr.data.reader import Sample
+from lanistr.data.samples import Sample
 from lanistr.describe import count_parts
 from lanistr.modalities import MODALITIES
 from lanistr.modalities.tabular import Row

@@ -12,6 +12,7 @@ from lanistr.batch import Loading
 from lanistr.config import OptimizerConfig
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import Fetched
 from lanistr.training.engine import StepResult
 from lanistr.training.loop import train
 from lanistr.training.monitor import DataWatch
@@ -49,9 +50,9 @@ class Engine:
 
 
 class SlowDataset(GoldDataset):
-    def read(self, position: int, rng_key: tuple[object, ...] | None = None) -> Any:
+    def fetch(self, position: int) -> Fetched:
         time.sleep(0.02)
-        return super().read(position, rng_key)
+        return super().fetch(position)
 
 
 def test_a_loader_made_slow_on_purpose_shows_up_within_20_steps_with_advice(
