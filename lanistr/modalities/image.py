@@ -199,7 +199,9 @@ def _decode_jpeg(data: bytes, size: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as opened:
             opened.draft("RGB", (size, size))
             return np.asarray(opened.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError:  # its message holds an address
+        raise ValueError(f"jpg: {len(data)} bytes that are no image") from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"jpg: {error}") from None
 
 

@@ -92,10 +92,10 @@ class TextModality(Modality[np.ndarray, TextInput]):
 
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Token ids, cut to ``max_tokens`` (the final [SEP] is kept)."""
-        ids = read_npy(members["tok.npy"])
+        ids = read_npy(members["tok.npy"]).astype(np.int64)
         if ids.ndim != 1 or len(ids) < 2 or not 0 <= ids.min() <= ids.max() < self.spec.vocab_size:
             raise ValueError(f"tok.npy: shape {ids.shape}, largest id {ids.max(initial=-1)}: not token ids")
-        return self._cut(ids).astype(np.int64)
+        return self._cut(ids)
 
     def decode_batch(
         self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
