@@ -250,7 +250,7 @@ def test_a_repeat_draws_new_masks(gold: Path) -> None:
     dataset = GoldDataset(gold, "train", modalities)
     collator = Collator(modalities, views=2, seed=5)
     samples = [dataset.read(i) for i in range(8)]
-    again = [dataclasses.replace(sample, repeat=1) for sample in samples]
+    again = [sample._replace(repeat=1) for sample in samples]
     first, second, once_more = (collator(s, [1.0] * 8, 0) for s in (samples, again, samples))
     assert equal(first, once_more)
     assert not torch.equal(first.inputs["image"].mask_NP1, second.inputs["image"].mask_NP1)
