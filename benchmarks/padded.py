@@ -121,7 +121,7 @@ def _image(task: Pretrain, batch: Batch, _: nn.Module, __: dict[str, int]) -> Ca
     patches = (vit.image_size // vit.patch_size) ** 2
     inputs: ImageInput = batch.inputs["image"]
     pixels_BHWC = torch.zeros(batch.size, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
-    mask_BP1 = torch.zeros(batch.size, patches, 1)
+    mask_BP1 = torch.zeros(batch.size, patches, 1, dtype=batch.weights_B.dtype)
     if present_B.any():
         assert inputs.mask_NP1 is not None
         pixels_BHWC[present_B], mask_BP1[present_B] = inputs.pixels_nHWC, inputs.mask_NP1.chunk(2)[1]
