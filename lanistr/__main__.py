@@ -1,4 +1,4 @@
-"""``python -m lanistr describe | report``: what a recipe builds; what runs reached."""
+"""``python -m lanistr describe | export | report``: what a recipe builds; a run as a model; what runs reached."""
 
 import argparse
 import sys
@@ -14,6 +14,13 @@ def main(argv: list[str] | None = None) -> int:
     describe.add_argument("--data", help="gold dataset whose vocabulary and columns count (default: the paper's)")
     describe.add_argument("overrides", nargs="*", metavar="key=value")
     describe.set_defaults(run=_describe)
+    export = commands.add_parser(
+        "export", help="a run as a folder that `Lanistr.from_pretrained` and the predictor load"
+    )
+    export.add_argument("source", type=Path, metavar="RUN", help="of pretraining or fine-tuning")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument("--data", type=Path, help="gold dataset, for a run that keeps no tokenizer")
+    export.set_defaults(run=_export)
     report = commands.add_parser("report", help="a Markdown report of a pretraining run and of models tuned from it")
     report.add_argument("--pretrain", type=Path, required=True, help="run folder of pretraining")
     report.add_argument("--finetuned", type=Path, nargs="+", required=True, help="evaluated run folders")
@@ -39,6 +46,13 @@ def _describe(arguments: argparse.Namespace) -> str:
 
     manifest = Manifest.load(arguments.data) if arguments.data else None
     return describe(recipe, load_recipe("official"), manifest)
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from lanistr.export import export_run
+
+    out = export_run(arguments.source, arguments.out, arguments.data)
+    return f"{out}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir()))
 
 
 def _report(arguments: argparse.Namespace) -> str:

@@ -105,8 +105,7 @@ class Finetune(nn.Module):
 
     def __init__(self, model: Lanistr, width: int, classes: int, config: FinetuneConfig, seed: int):
         super().__init__()
-        for name in model.encoders:
-            model.encoder(name).head = nn.Identity()  # only pretraining needs it
+        model.drop_heads()
         self.model = model
         self.pooling = config.pooling
         self.weights = {"cls": 1.0}

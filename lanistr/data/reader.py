@@ -1,5 +1,6 @@
 """Random access into the tars of a gold dataset through its index: only the members that the recipe uses."""
 
+import hashlib
 import logging
 import zlib
 from collections import OrderedDict
@@ -254,6 +255,28 @@ def _default_store(path: str | Path, config: DataConfig) -> Store:
 def load_manifest(path: str | Path, config: DataConfig) -> Manifest:
     """The manifest of a dataset, wherever it is. Raises ValueError where there is none."""
     return Manifest.load(_default_store(path, config).folder())
+
+
+def load_tokenizer_bytes(path: str | Path, config: DataConfig, manifest: Manifest) -> bytes | None:
+    """The tokenizer file that a manifest names; None = it names none.
+
+    Raises:
+        ValueError: it is gone, or another one than the manifest names.
+    """
+    if manifest.tokenizer is None:
+        return None
+    name, expected = manifest.tokenizer.file, manifest.tokenizer.sha256
+    try:
+        blob = _default_store(path, config).open(name, None, expected)
+        try:
+            data = blob.read(0, blob.size)
+        finally:
+            blob.close()
+    except OSError as error:
+        raise ValueError(f"{path}: tokenizer {name}: {error}; rebuild the dataset") from None
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(f"{path}: tokenizer {name} is not the one that the manifest names; rebuild the dataset")
+    return data
 
 
 def open_split(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lanistr.manifest import Manifest
+from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities.base import Modality
 from lanistr.modalities.image import ImageModality
 from lanistr.modalities.tabular import TabularModality
@@ -20,14 +20,19 @@ def make_modalities(manifest: Manifest, configs: dict[str, dict[str, Any]]) -> d
     Raises:
         ValueError: an unknown kind, or nothing in common.
     """
+    return modalities_of(manifest.modalities, configs, f"dataset {manifest.name}")
+
+
+def modalities_of(
+    schemas: dict[str, ModalitySchema], configs: dict[str, dict[str, Any]], origin: str
+) -> dict[str, Modality[Any, Any]]:
+    """As `make_modalities`, of the schemas of ``origin``."""
     modalities: dict[str, Modality[Any, Any]] = {}
-    for name, schema in manifest.modalities.items():
+    for name, schema in schemas.items():
         if schema.kind not in MODALITIES:
             raise ValueError(f"modality {name}: unknown kind {schema.kind!r}; known are {', '.join(MODALITIES)}")
         if name in configs:
             modalities[name] = MODALITIES[schema.kind](name, configs[name], schema)
     if not modalities:
-        raise ValueError(
-            f"dataset {manifest.name} has {', '.join(manifest.modalities)}; the recipe configures {', '.join(configs)}"
-        )
+        raise ValueError(f"{origin} has {', '.join(schemas)}; the recipe configures {', '.join(configs)}")
     return modalities

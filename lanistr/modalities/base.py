@@ -69,12 +69,17 @@ class Modality(ABC, Generic[ContentT, InputT]):
 
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         self.name = name
+        self.block = config
         self.members = tuple(schema.members)
         self.items = schema.items
 
     def parse_config(self, cls: type[ConfigT], config: dict[str, Any]) -> ConfigT:
         """The recipe's block, validated. Raises ValueError that names the key."""
         return parse_strict(cls, config, f"model.modalities.{self.name}")
+
+    def portable(self) -> dict[str, Any]:
+        """Its block of the recipe, such that `build` needs nothing but the block: what an export holds."""
+        return self.block
 
     @classmethod
     @abstractmethod

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder, address, stack
-from lanistr.modalities.loading import load_pretrained
+from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.transforms import MEMBERS, ImageSpec
 
 
@@ -34,6 +34,7 @@ class ImageConfig(Strict):
         crop: in training, a random crop of this share of the area and an aspect ratio of 3/4 to 4/3, for example
             [0.6, 1.0] (Szegedy et al. 2015); None = the centre, always.
         flip: in training, chance of a horizontal flip. Off by default: text about "left" does not survive it.
+        norm_eps, activation: of the ViT's architecture (an export of a run with ``pretrained`` writes them).
     """
 
     pretrained: str | None = None
@@ -47,6 +48,8 @@ class ImageConfig(Strict):
     pooler: bool = False
     crop: tuple[float, float] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
+    norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
 
     @model_validator(mode="after")
     def _patches_fill_image(self) -> "ImageConfig":
@@ -85,6 +88,23 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         super().__init__(name, config, schema)
         self.config = self.parse_config(ImageConfig, config)
         self.augments = self.config.crop is not None or self.config.flip > 0
+
+    def portable(self) -> dict[str, Any]:
+        """With the published sizes in the place of published weights."""
+        if not self.config.pretrained:
+            return self.block
+        from transformers import ViTConfig
+
+        sizes = {
+            "hidden": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "intermediate": "intermediate_size",
+            "norm_eps": "layer_norm_eps",
+            "activation": "hidden_act",
+        }
+        found = published_sizes(ViTConfig, self.config.pretrained, "image.pretrained", sizes)
+        return {**self.block, "pretrained": None, **found}
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:
@@ -346,7 +366,8 @@ def _make_vit(config: ImageConfig) -> Any:
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             intermediate_size=config.intermediate,
-            layer_norm_eps=1e-12,
+            layer_norm_eps=config.norm_eps,
+            hidden_act=config.activation,
             **no_dropout,
         )
         vit_config._attn_implementation = "sdpa"

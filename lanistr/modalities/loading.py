@@ -72,6 +72,25 @@ def load_pretrained(cls: Any, source: str, where: str, **options: Any) -> Any:
     return model
 
 
+def published_sizes(cls: Any, source: str, where: str, names: dict[str, str]) -> dict[str, Any]:
+    """What a recipe's block must say to build the architecture of published weights without them.
+
+    Args:
+        cls: a configuration class of transformers.
+        source: hub name or path.
+        where: the recipe's key, for messages.
+        names: the block's key -> the configuration's.
+
+    Raises:
+        ValueError: no such model.
+    """
+    try:
+        config = cls.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} {source!r}: {str(error).splitlines()[0]}") from None
+    return {key: getattr(config, theirs) for key, theirs in names.items()}
+
+
 def match_rows(
     own: Tensor, stored: Tensor, dim: int, own_keys: Sequence[Hashable], old_keys: Sequence[Hashable]
 ) -> Tensor:

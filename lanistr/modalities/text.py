@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder
-from lanistr.modalities.loading import load_pretrained
+from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
 from lanistr.transforms import MEMBERS, TextSpec, read_npy
@@ -38,6 +38,8 @@ class TextConfig(Strict):
         fusion_tokens: ``all`` hidden states enter fusion (paper, section "Model architecture"), or only ``cls``, the first
             one (published code, `modeling_lanistr.py`).
         pooler: BERT's unused pooler, carried frozen by the ``official`` preset only.
+        positions, norm_eps, activation: of BERT's architecture, for those that are not bert-base in them (an export of a
+            run with ``pretrained`` writes them); ``positions`` None = ``max_tokens``.
     """
 
     pretrained: str | None = None
@@ -50,6 +52,9 @@ class TextConfig(Strict):
     corruption: Literal["mask", "bert"] = "mask"
     fusion_tokens: Literal["all", "cls"] = "all"
     pooler: bool = False
+    positions: int | None = Field(default=None, ge=1)
+    norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"] = "gelu"
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,24 @@ class TextModality(Modality[np.ndarray, TextInput]):
         self.spec = TextSpec.model_validate(schema.spec)
         self.is_special_V = np.zeros(self.spec.vocab_size, dtype=bool)
         self.is_special_V[[self.spec.cls_id, self.spec.sep_id, self.spec.pad_id]] = True
+
+    def portable(self) -> dict[str, Any]:
+        """With the published sizes in the place of published weights."""
+        if not self.config.pretrained:
+            return self.block
+        from transformers import BertConfig
+
+        sizes = {
+            "hidden": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "intermediate": "intermediate_size",
+            "positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_eps",
+            "activation": "hidden_act",
+        }
+        found = published_sizes(BertConfig, self.config.pretrained, "text.pretrained", sizes)
+        return {**self.block, "pretrained": None, **found}
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:
@@ -263,7 +286,9 @@ def _make_bert(config: TextConfig, spec: TextSpec) -> Any:
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             intermediate_size=config.intermediate,
-            max_position_embeddings=config.max_tokens,
+            max_position_embeddings=config.positions or config.max_tokens,
+            layer_norm_eps=config.norm_eps,
+            hidden_act=config.activation,
             pad_token_id=spec.pad_id,
             **no_dropout,
         )

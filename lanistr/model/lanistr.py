@@ -3,6 +3,7 @@
 Shape suffixes: T packed fusion rows, D width, S sequences (samples of all views).
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lanistr.batch import Batch
 from lanistr.config import ModelConfig
 from lanistr.modalities.base import Modality, ModalityEncoder
+from lanistr.model.exported import fill, read_export
 from lanistr.model.fusion import FusionEncoder
 from lanistr.ops.attention import resolve_backend
 from lanistr.ops.transformer import checkpoint_blocks
@@ -35,6 +37,31 @@ class Lanistr(nn.Module):
         if config.compile:
             for block in [b for name in self.encoders for b in self.encoder(name).blocks()] + list(self.fusion.blocks):
                 block.compile(dynamic=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, trust: bool = False, device: str = "cpu") -> "Lanistr":
+        """An exported model, in eval mode; of a fine-tuned one without its classifier.
+
+        Args:
+            folder: made by ``python -m lanistr export``.
+            trust: also take weights in a pickle, see `lanistr.model.exported.read_export`.
+            device: where to.
+
+        Raises:
+            ValueError: not an export, or not its own weights.
+        """
+        exported = read_export(folder, trust)
+        model = build_model(exported.config.model, exported.modalities, 0, device)
+        if exported.config.task == "finetune":
+            model.drop_heads()
+        own = {n.removeprefix("model."): w for n, w in exported.weights.items() if n.startswith("model.")}
+        fill(model, own, str(folder))
+        return model.to(device).eval()
+
+    def drop_heads(self) -> None:
+        """Drop what only pretraining needs."""
+        for name in self.encoders:
+            self.encoder(name).head = nn.Identity()
 
     def encoder(self, name: str) -> ModalityEncoder[Any]:
         """The encoder of one modality."""

@@ -10,7 +10,7 @@ import torch
 from lanistr.batch import to_device
 from lanistr.config import FinetuneConfig, Recipe
 from lanistr.data.loader import Collator, eval_batches
-from lanistr.data.reader import GoldDataset, load_manifest, open_split
+from lanistr.data.reader import GoldDataset, load_manifest, load_tokenizer_bytes, open_split
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
@@ -146,7 +146,7 @@ def finetune(
         "from": str(source) if source else None,
         "n_labels": labels or loader.plan.samples,
     }
-    describe_run(run, recipe, manifest, filled, extra)
+    describe_run(run, recipe, manifest, filled, extra, load_tokenizer_bytes(data, recipe.data, manifest))
     engine = Engine(task, filled, device, config.weight_decay)
     keeper = BestKeeper(engine, val, config, loader.steps_per_epoch, run)
     steps = train(engine, loader, config, run, resuming=resuming, about=about, after_step=keeper.after_step)

@@ -6,7 +6,7 @@ from pathlib import Path
 from lanistr.config import Recipe
 from lanistr.data.loader import Collator
 from lanistr.data.mixing import MixedDataset
-from lanistr.data.reader import load_manifest, open_split
+from lanistr.data.reader import load_manifest, load_tokenizer_bytes, open_split
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
@@ -48,7 +48,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
-    describe_run(run, recipe, manifest, filled, {"task": "pretrain"})
+    describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
     engine = Engine(task, filled, device, config.weight_decay)
     validator = None
     if config.eval_every and manifest.n("val"):

@@ -30,6 +30,7 @@ MAY_CHANGE = {
         "on_nonfinite", "check_every", "hang_after", "patience",
     },
 }  # fmt: skip
+TOKENIZER = "tokenizer.json"
 PACKAGES = ("lanistr", "torch", "deepspeed", "transformers", "numpy")
 
 
@@ -149,20 +150,33 @@ def train_loader(
 
 
 def describe_run(
-    run: Path, recipe: Recipe, manifest: Manifest, ds_config: dict[str, Any], extra: dict[str, Any]
+    run: Path,
+    recipe: Recipe,
+    manifest: Manifest,
+    ds_config: dict[str, Any],
+    extra: dict[str, Any],
+    tokenizer: bytes | None = None,
 ) -> None:
-    """Write ``recipe.yaml``, ``schema.json``, ``ds_config.json`` and ``run.json`` (rank 0; the others wait)."""
+    """Write all that a run is, but for its weights (rank 0; the others wait).
+
+    That is ``recipe.yaml``, ``schema.json``, ``tokenizer.json``, ``ds_config.json`` and ``run.json``.
+    """
     if distributed.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(
             yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
         save_schema(run, manifest)
+        if tokenizer:
+            (run / TOKENIZER).write_bytes(tokenizer)
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=1), encoding="utf-8")
         identity = {
             "dataset": manifest.name,
             "content_id": manifest.content_id,
+            "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
             "labels": manifest.labels,
+            "target": manifest.target,
+            "fit": manifest.fit,
             "ranks": distributed.world_size(),
             "versions": _versions(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
