@@ -1,6 +1,7 @@
 """What the launchers share: the command line, one-line errors, and the demo dataset."""
 
 import argparse
+import atexit
 import fcntl
 import logging
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path("lake/gold/demo")
@@ -49,6 +51,24 @@ def main(run: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main_of_ranks(run: Callable[[], None]) -> NoReturn:
+    """As `main`, for a rank: it ends with its launcher, and without torch's teardown.
+
+    Now and then (1 in 50, on a busy machine) a thread of torch's communication aborts the process while it is taken down,
+    after everything is done and on disk; a scheduler would take that for a failure.
+    """
+    from lanistr.training.lifeline import follow_launcher
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer is three C++ stack traces
+    follow_launcher()
+    code = main(run)
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def is_rank_0() -> bool:

@@ -64,4 +64,4 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(common.main(lambda: run(parsed)))
+    common.main_of_ranks(lambda: run(parsed))

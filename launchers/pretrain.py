@@ -25,4 +25,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = common.parser("Pretrain LANISTR.").parse_intermixed_args()
-    sys.exit(common.main(lambda: run(parsed)))
+    common.main_of_ranks(lambda: run(parsed))

@@ -3,11 +3,13 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lanistr.ops.ghost_norm import GhostBatchNorm
 
@@ -63,6 +65,24 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any rank: the same answer on all of them."""
     return all_reduce_sum([float(flag)], device)[0] > 0
+
+
+def open_store() -> Any:
+    """A key-value store of all ranks beside the collectives, served by rank 0. Every rank must call it."""
+    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=10)
+    if rank() == 0:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        gather_objects(store.port)
+        return store
+    port = gather_objects(None)[0]
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
 def gather_objects(value: Any) -> list[Any]:

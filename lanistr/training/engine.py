@@ -1,13 +1,10 @@
-"""The only importer of deepspeed: the recipe and a ZeRO configuration become an engine.
+"""The only importer of deepspeed: a task and a filled configuration become an engine."""
 
-DeepSpeed drops ``"auto"`` silently and clips at 1.0 by default: every such key is filled here from the recipe, and one
-that contradicts the recipe is an error.
-"""
-
-import json
 import logging
 import math
 import os
+import socket
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lanistr.batch import Batch, to_device
-from lanistr.config import OptimizerConfig
 from lanistr.training import distributed
 from lanistr.training.shards import Shards, load_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,65 +80,26 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def fill_config(path: Path, recipe: str, config: OptimizerConfig, world: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration: the JSON, with every absent or ``"auto"`` key filled from the recipe.
+def _build_cpu_adam() -> None:
+    """Compile DeepSpeed's AdamW for the CPU once per machine, by one rank; the others wait, and all are told.
 
-    Args:
-        path: the JSON.
-        recipe: its name, for messages.
-        config: batch, clipping, precision, optimizer.
-        world: number of ranks.
-        on_gpu: decides between fused kernels and torch's AdamW.
-
-    Raises:
-        ValueError: unreadable JSON; a value that contradicts the recipe; bfloat16 at stage 0.
+    A build that was killed leaves a lock that makes every later one wait for ever: one that is older than any build
+    takes is removed.
     """
-    try:
-        merged: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; ds_configs/ has zero1.json, zero2.json, zero2_offload.json") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    per_rank = config.global_batch // world
-    micro = config.micro_batch or per_rank
-    offload = "offload_optimizer" in merged.get("zero_optimization", {})
-    adam = {
-        "lr": config.lr,
-        "betas": list(config.betas),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if not offload:
-        # torch's own, in one pass over the parameters: DeepSpeed's would be compiled at the first start.
-        adam |= {"torch_adam": True, "fused": True}
-    wanted = {
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": max(1, per_rank // micro),
-        "gradient_clipping": config.clip,
-        "bf16.enabled": config.precision == "bfloat16",
-        "optimizer.type": "AdamW",
-        "steps_per_print": 1 << 30,
-        **{f"optimizer.params.{key}": value for key, value in adam.items()},
-    }
-    for key, value in wanted.items():
-        _fill(merged, key, value, path, recipe)
-    stage = merged.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage == 0 and config.precision == "bfloat16":
-        raise ValueError(f"{path}: stage 0 with precision bfloat16 (recipe {recipe}) trains wrong; use stage 1 or 2")
-    if stage not in (0, 1, 2):
-        raise ValueError(f"{path}: ZeRO stage {stage}; allowed are 0, 1, 2")
-    return merged
+    import deepspeed.ops.op_builder as builders
+    from torch.utils import cpp_extension
 
-
-def _fill(tree: dict[str, Any], key: str, value: Any, path: Path, recipe: str) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    if tree.get(last, "auto") == "auto":
-        tree[last] = value
-    elif tree[last] != value:
-        raise ValueError(f'{path}: {key} = {tree[last]!r} contradicts recipe {recipe} ({value!r}); write "auto"')
+    _, _, local_rank = distributed.world_from_environment()
+    if local_rank == 0:
+        folder = Path(cpp_extension._get_build_directory("cpu_adam", False))
+        lock = folder / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > 1200:
+            logger.warning("%s is left over from a build that was killed: removed", lock)
+            lock.unlink()
+        if not list(folder.glob("*.so")):
+            logger.warning("compiling DeepSpeed's cpu_adam into %s: once, a minute or two; do not kill it", folder)
+        cast(Any, builders).CPUAdamBuilder().load(verbose=False)
+    distributed.barrier()
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -178,12 +136,32 @@ class Engine:
     def __init__(self, task: "Task", config: dict[str, Any], device: torch.device, weight_decay: float):
         deepspeed = _import_deepspeed()
         self.task, self.config, self.device = task, config, device
+        if self.layout["offload"]:
+            _build_cpu_adam()
         self._engine, *_ = deepspeed.initialize(
             model=task, model_parameters=parameter_groups(cast(nn.Module, task), weight_decay), config=config
         )
         self.weights = task.weights
         self._norm: float | None = None
         self._engine._copy_recovery_script = lambda save_path: None  # our weights are whole without a script
+        self._describe()
+
+    def _describe(self) -> None:
+        """One line in the log that says what runs where."""
+        hosts = distributed.gather_objects(socket.gethostname())
+        nodes = ", ".join(f"{hosts.count(host)} on {host}" for host in dict.fromkeys(hosts))
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        threads = f" (threads: {torch.get_num_threads()})" if self.device.type == "cpu" else ""
+        adam = type(self._inner_optimizer()).__name__ + ", fused" * bool(self._inner_optimizer().defaults.get("fused"))
+        attention = {m.backend for m in self.module.modules() if hasattr(m, "backend")}
+        batch, micro = (self.config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+        logger.info(
+            "%d ranks (%s) on %s%s  ZeRO-%d%s  %s  %s  attention %s  batch %d = %d ranks x %d x %d  %.1f M parameters",
+            len(hosts), nodes, device, threads, self.stage, " with CPU offload" if self.layout["offload"] else "",
+            self.layout["precision"], adam, ", ".join(sorted(attention)),
+            batch, len(hosts), micro, self.config["gradient_accumulation_steps"],
+            sum(p.numel() for p in self.module.parameters()) / 1e6,
+        )  # fmt: skip
 
     @property
     def stage(self) -> int:

@@ -17,7 +17,8 @@ from lanistr.model.lanistr import build_model
 from lanistr.tasks import Finetune
 from lanistr.training import distributed
 from lanistr.training.checkpoint import WEIGHTS, save_weights
-from lanistr.training.engine import Engine, fill_config, start
+from lanistr.training.ds_config import fill_config
+from lanistr.training.engine import Engine, start
 from lanistr.training.loop import train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
@@ -133,7 +134,7 @@ def finetune(
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
     device = start()
-    filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
+    filled = fill_config(ds_config, recipe.name, config, world)
     task = make_task(recipe, manifest, device.type, config.precision)
     report = transfer(task, source, modalities, config.transfer == "encoders") if source else None
     if report and rank == 0:

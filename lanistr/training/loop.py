@@ -17,6 +17,7 @@ from lanistr.training.guard import Guard, check_agreement
 from lanistr.training.monitor import Monitor
 from lanistr.training.preemption import StopRequest
 from lanistr.training.schedule import lr_at
+from lanistr.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +72,27 @@ def train(
         check_agreement(engine.module, step)
     if begin:
         begin(step)
-    with StopRequest() as request:
+    with StopRequest() as request, Watchdog(run, config.hang_after) as watchdog:
         while step < total:
+            watchdog.note(step, "waiting for data")
             asked = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - asked
             # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
             torch.manual_seed(hash((config.seed, step, distributed.rank())))
             lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
+            watchdog.note(step, "training")
             result = engine.train_step(micro_batches, lr)
             guard.check(step, result, micro_batches)
             monitor.record(step, lr, result, micro_batches, waited)
             step += 1
             if config.check_every and step % config.check_every == 0:
                 check_agreement(engine.module, step)
+            watchdog.note(step, "validating")
             done = (after_step(step) if after_step else False) or step == total
             stop = request.agreed(engine.device)
             if step % config.save_every == 0 or done or stop:
+                watchdog.note(step, "saving")
                 measured = score(step) if score else None
                 problem = save_checkpoint(run, engine, loader.state(step), config, about or {}, measured)
                 if problem and (done or stop):

@@ -11,7 +11,8 @@ from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
 from lanistr.training import distributed
-from lanistr.training.engine import Engine, fill_config, start
+from lanistr.training.ds_config import fill_config
+from lanistr.training.engine import Engine, start
 from lanistr.training.loop import total_steps, train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.validation import Validator
@@ -45,7 +46,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
     device = start()
-    filled = fill_config(ds_config, recipe.name, config, world, device.type == "cuda")
+    filled = fill_config(ds_config, recipe.name, config, world)
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))

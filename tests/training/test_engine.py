@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lanistr.config import OptimizerConfig
-from lanistr.training.engine import fill_config, parameter_groups
+from lanistr.training.ds_config import fill_config
+from lanistr.training.engine import parameter_groups
 from tests.model.support import make_modalities, make_pretrain
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
@@ -21,7 +22,7 @@ def write(tmp_path: Path, tree: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_configuration_is_filled_completely(path: Path) -> None:
-    filled = fill_config(path, "r", CONFIG, world=4, on_gpu=False)
+    filled = fill_config(path, "r", CONFIG, world=4)
     assert '"auto"' not in json.dumps(filled)
     assert filled["train_batch_size"] == 32
     assert filled["train_micro_batch_size_per_gpu"] == 4
@@ -31,21 +32,21 @@ def test_every_shipped_configuration_is_filled_completely(path: Path) -> None:
 
 
 def test_clipping_is_explicit_even_where_the_file_says_nothing(tmp_path: Path) -> None:
-    assert fill_config(write(tmp_path, {}), "r", CONFIG, 1, False)["gradient_clipping"] == 2.5
+    assert fill_config(write(tmp_path, {}), "r", CONFIG, 1)["gradient_clipping"] == 2.5
 
 
 def test_a_value_that_contradicts_the_recipe_names_both(tmp_path: Path) -> None:
     path = write(tmp_path, {"gradient_clipping": 1.0})
     with pytest.raises(ValueError, match=r"ds\.json: gradient_clipping = 1\.0 contradicts recipe mine \(2\.5\)"):
-        fill_config(path, "mine", CONFIG, 1, False)
+        fill_config(path, "mine", CONFIG, 1)
 
 
 def test_bfloat16_at_stage_0_and_stage_3_are_refused(tmp_path: Path) -> None:
     bf16 = CONFIG.model_copy(update={"precision": "bfloat16"})
     with pytest.raises(ValueError, match="stage 0 with precision bfloat16"):
-        fill_config(write(tmp_path, {}), "r", bf16, 1, False)
+        fill_config(write(tmp_path, {}), "r", bf16, 1)
     with pytest.raises(ValueError, match="allowed are 0, 1, 2"):
-        fill_config(write(tmp_path, {"zero_optimization": {"stage": 3}}), "r", CONFIG, 1, False)
+        fill_config(write(tmp_path, {"zero_optimization": {"stage": 3}}), "r", CONFIG, 1)
 
 
 @pytest.mark.parametrize("text", ["{", ""])
@@ -53,7 +54,7 @@ def test_broken_json_is_one_clear_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="not valid JSON"):
-        fill_config(path, "r", CONFIG, 1, False)
+        fill_config(path, "r", CONFIG, 1)
 
 
 def test_decay_only_on_matrices_and_every_trainable_parameter_in_exactly_one_group() -> None:

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
 from lanistr.training import distributed
-from lanistr.training.engine import Engine, fill_config, start
+from lanistr.training.ds_config import fill_config
+from lanistr.training.engine import Engine, start
 from lanistr.training.schedule import lr_at
 from tests.model.support import RECIPE, make_modalities, make_pretrain
 
@@ -45,7 +46,7 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
         seed=1,
         grouping=case.get("grouping", "stratified"),
     )
-    filled = fill_config(Path(case["ds"]), "tiny", config, world, on_gpu=False)
+    filled = fill_config(Path(case["ds"]), "tiny", config, world)
     engine = Engine(make_pretrain(modalities), filled, device, config.weight_decay)
     rows = []
     for step, batches in enumerate(loader.steps(0, case["steps"])):

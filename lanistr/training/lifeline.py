@@ -1,0 +1,69 @@
+"""Ranks never outlive their launcher, however it ends.
+
+DeepSpeed's runner does not forward SIGTERM, and nobody forwards a kill -9: so each rank watches. Only launchers are
+watched (a shell may end while its training goes on). Light: imported before torch.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
+GRACE = 120.0  # seconds for a last checkpoint
+PR_SET_PDEATHSIG = 1
+
+
+def follow_launcher() -> None:
+    """From now on the end of a launcher is a SIGTERM (which saves, while training), and the end after `GRACE`.
+
+    On Linux the kernel sends it when the parent ends; everywhere a thread looks once a second, at the parent's parents
+    too: ``deepspeed`` starts one launcher per node, which starts the ranks.
+    """
+    watched = _launchers()
+    if not watched:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_watch, args=(watched,), name="lifeline", daemon=True).start()
+
+
+def _launchers() -> "list[tuple[int, float]]":
+    """(process id, time of its start) of the launchers above this process, nearest first."""
+    import psutil
+
+    found = []
+    for process in psutil.Process().parents():
+        try:
+            if not any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS):
+                break
+            found.append((process.pid, process.create_time()))
+        except psutil.Error:
+            break
+    return found
+
+
+def _alive(pid: int, started: float) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _watch(watched: "list[tuple[int, float]]") -> None:
+    while all(_alive(*launcher) for launcher in watched):
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"error: rank {rank} is still at it {GRACE:.0f} s after its launcher ended: ended too",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

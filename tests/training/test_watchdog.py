@@ -1,0 +1,61 @@
+"""What the watchdog concludes from what ranks say; that it ends them is in test_faults.py."""
+
+from pathlib import Path
+
+import pytest
+
+from lanistr.training.watchdog import Beat, Observer, Watchdog
+
+
+def watch(beats: dict[float, dict[int, Beat]], ranks: int = 3, dead_after: float = 5, hang_after: float = 30) -> list:
+    """(time, verdict) of every verdict over a script of beats; ranks that say nothing are missing from it."""
+    observer = Observer(ranks, dead_after, hang_after, 0.0)
+    return [(now, said) for now, heard in beats.items() if (said := observer.judge(heard, now))]
+
+
+def test_ranks_that_get_on_are_left_alone_however_long() -> None:
+    beats = {float(t): {r: Beat(t, t // 9, "training", t % 9) for r in range(3)} for t in range(1, 500)}
+    assert not watch(beats)
+
+
+def test_a_rank_that_falls_silent_is_dead_and_named_with_its_step() -> None:
+    beats = {float(t): {r: Beat(t, 7, "saving", 0) for r in range(3) if r != 1 or t < 4} for t in range(1, 20)}
+    assert watch(beats)[0] == (9.0, "rank 1 is dead: not heard of for 6 s, last after step 7, saving")
+
+
+def test_a_rank_that_never_said_anything_is_dead_too() -> None:
+    beats = {float(t): {r: Beat(t) for r in (0, 1)} for t in range(1, 8)}
+    assert watch(beats)[0][1].startswith("rank 2 is dead")
+
+
+def test_of_ranks_that_wait_for_each_other_the_one_that_is_behind_hangs() -> None:
+    def at(t: int) -> dict[int, Beat]:
+        late = Beat(t, 41, "waiting for data", t)
+        return {0: Beat(t, 41, "training", t), 1: late, 2: Beat(t, 41, "training", t)}
+
+    ((_, said), *_) = watch({float(t): at(t) for t in range(1, 40)})
+    assert said == "rank 1 hangs after step 41, waiting for data: no progress for 31 s"
+
+
+def test_where_nobody_is_behind_every_rank_hangs() -> None:
+    ((_, said), *_) = watch({float(t): {r: Beat(t, 3, "training", t) for r in range(3)} for t in range(1, 40)})
+    assert said.startswith("every rank hangs after step 3, training")
+
+
+def test_a_rank_that_failed_is_named_with_its_error_unless_all_are_failing_at_once() -> None:
+    def at(t: int) -> dict[int, Beat]:
+        return {r: Beat(t, 5, "training", 0, "OSError: no disk" if r == 2 and t >= 3 else None) for r in range(3)}
+
+    ((now, said), *_) = watch({float(t): at(t) for t in range(1, 6)})
+    assert said == "rank 2 failed after step 5, training: OSError: no disk"
+    assert now == 4.0, "one beat later: the others may be about to say the same themselves"
+
+
+def test_alone_it_leaves_errors_alone(tmp_path: Path) -> None:
+    def fail() -> None:
+        with Watchdog(tmp_path, 1000.0) as watchdog:
+            watchdog.note(1, "training")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
