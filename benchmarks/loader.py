@@ -15,46 +15,36 @@
 
 import argparse
 import functools
-import hashlib
-import io
 import itertools
 import json
-import os
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _harness
+from benchmarks._gold import write_dataset
+from lanistr.batch import Batch
 from lanistr.data.deal import deal
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.plan import Facts, Plan, PlanOptions, Table
 from lanistr.data.reader import GoldDataset
-from lanistr.manifest import Manifest, ModalitySchema, Shard, index_columns
+from lanistr.data.samples import Sample
+from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
 from lanistr.modalities.image import _decode_jpeg
-from lanistr.transforms import MEMBERS, ImageSpec, NumericColumn, TabularSpec, TextSpec, npy_bytes
 
 PRESENCE = (0.02, 0.2, 0.5, 0.98)
 IMAGE_TOKENS = 197
 BATCH = 64
-SCHEMAS = {
-    "text": TextSpec(vocab_size=30000, max_tokens=128, pad_id=0, unk_id=1, cls_id=2, sep_id=3, mask_id=4),
-    "image": ImageSpec(size=224),
-    "tabular": TabularSpec(numeric=[NumericColumn(name=f"n{i}", mean=0.0, std=1.0) for i in range(8)], categorical=[]),
-}
 RECIPE = {"text": {"max_tokens": 128}, "image": {"size": 224}, "tabular": {}}
 
 
@@ -119,85 +109,6 @@ def balance_rows(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def write_dataset(folder: Path, n: int, per_shard: int, names: tuple[str, ...], links: int = 1) -> None:
-    """A gold dataset with ``n`` samples of the modalities ``names``; ``links``: every shard so many times."""
-    schemas = {
-        name: ModalitySchema(kind=name, members=MEMBERS[name], spec=SCHEMAS[name].model_dump()) for name in names
-    }
-    pictures = [_jpeg(i) for i in range(64)] if "image" in names else [b""]
-    for split in ("train", "val", "test"):
-        (folder / split).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    shards: list[Shard] = []
-    for start in range(0, n, per_shard):
-        samples = []
-        for i in range(start, min(n, start + per_shard)):
-            ids = rng.integers(5, 30000, int(np.clip(rng.lognormal(np.log(45), 0.6), 4, 126)))
-            members = {
-                "text": ("tok.npy", npy_bytes(np.array([2, *ids, 3], dtype=np.uint16)), len(ids) + 2),
-                "image": ("jpg", pictures[i % len(pictures)], 1),
-                "tabular": ("tab.npy", npy_bytes(rng.normal(size=8).astype(np.float32)), 1),
-            }
-            samples.append((f"{i:016x}", {name: members[name] for name in names}))
-        shard = _write_shard(folder, f"train/b-{start:07d}", samples, schemas)
-        for link in range(links):
-            linked = shard.model_copy(update={"path": shard.path.replace("b-", f"b{link}-")})
-            os.link(folder / shard.path, folder / linked.path)
-            shards.append(linked)
-    manifest = Manifest(
-        name="b", modalities=schemas, labels=["x"], split_rule={}, shards=shards, quarantine={}, counts={},
-        parents=[], created_by={},
-    )  # fmt: skip
-    manifest.content_id = manifest.compute_content_id()
-    manifest.save(folder)
-
-
-def _write_shard(
-    folder: Path, stem: str, samples: list[tuple[str, dict[str, Any]]], schemas: dict[str, ModalitySchema]
-) -> Shard:
-    rows: list[dict[str, Any]] = []
-    with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            row: dict[str, Any] = {c: -1 if c.startswith("offset") else 0 for c, _ in index_columns(schemas)}
-            row |= {"key": key, "group_hash": "", "source_file": "", "tab": [], "presence": (1 << len(schemas)) - 1}
-            for name, (member, data, length) in [("", ("json", b"{}", 0)), *members.items()]:
-                info = tarfile.TarInfo(f"{key}.{member}")
-                info.size = len(data)
-                row[f"offset/{member}"] = tar.offset + tarfile.BLOCKSIZE
-                tar.addfile(info, io.BytesIO(data))
-                row |= {f"size/{member}": len(data), f"crc32/{member}": zlib.crc32(data)}
-                row |= {f"length/{name}": length} if name else {}
-            rows.append(row)
-    types = {"string": pa.string(), "list<float32>": pa.list_(pa.float32())}
-    fields = [(c, types.get(t) or getattr(pa, t)()) for c, t in index_columns(schemas)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), folder / f"{stem}.parquet")
-    tar_bytes, index_bytes = ((folder / f"{stem}.{suffix}").read_bytes() for suffix in ("tar", "parquet"))
-    return Shard(
-        split="train",
-        path=f"{stem}.tar",
-        index=f"{stem}.parquet",
-        n=len(rows),
-        bytes=len(tar_bytes),
-        sha256=hashlib.sha256(tar_bytes).hexdigest(),
-        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
-        n_by_mask={str((1 << len(schemas)) - 1): len(rows)},
-    )
-
-
-def _jpeg(seed: int) -> bytes:
-    """A 224 px photo-like picture of about 15 KB: smooth shapes and grain."""
-    from PIL import Image
-
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize(
-        (224, 224), Image.Resampling.BICUBIC
-    )
-    pixels = np.clip(np.asarray(coarse, dtype=float) + rng.normal(0, 4, (224, 224, 3)), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
 def our_loader(folder: Path, views: int, batch: int = BATCH, workers: int = 0) -> TrainLoader:
     """As training opens it."""
     modalities = make_modalities(Manifest.load(folder), RECIPE)
@@ -221,6 +132,30 @@ def webdataset_batches(folder: Path, decoder: Any) -> Iterator[tuple[torch.Tenso
     urls = [str(path) for path in sorted((folder / "train").glob("b0-*.tar"))]
     pipeline: Any = WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
     return iter(pipeline.shuffle(1000).decode(decoder).batched(BATCH, collation_fn=collate, partial=False))
+
+
+def webdataset_same_batches(folder: Path) -> Iterator[Batch]:
+    """Our batches, made by webdataset: what reads and shuffles is all that differs."""
+    from webdataset.compat import WebDataset
+
+    modalities = make_modalities(Manifest.load(folder), RECIPE)
+    collator, all_present = Collator(modalities, 1, 0), (1 << len(modalities)) - 1
+
+    def decode(key: str, data: bytes) -> Any:
+        member = key.removeprefix(".")
+        found = [m.decode({member: data}) for m in modalities.values() if member in m.members]
+        return found[0] if found else None
+
+    def collate(samples: list[dict[str, Any]]) -> Batch:
+        made = [
+            Sample(s["__key__"], all_present, 0, {name: s[m.members[0]] for name, m in modalities.items()})
+            for s in samples
+        ]
+        return collator(made, [1.0] * len(made), 0)
+
+    urls = [str(path) for path in sorted((folder / "train").glob("b0-*.tar"))]
+    pipeline: Any = WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
+    return iter(pipeline.shuffle(1000).decode(decode).batched(BATCH, collation_fn=collate, partial=False))
 
 
 def our_decoder(key: str, data: bytes) -> Any:

@@ -16,7 +16,7 @@ from lanistr.data.mixing import MixedDataset
 from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window
 from lanistr.data.prefetch import prefetch
 from lanistr.data.reader import GoldDataset
-from lanistr.data.samples import CorruptSample, Sample, Several, intact, read_samples
+from lanistr.data.samples import CorruptSample, Sample, intact, read_samples
 from lanistr.data.streams import Streams
 from lanistr.modalities.base import Collated, Modality
 
@@ -61,7 +61,9 @@ class Collator:
                 (i, item, content)
                 for i, sample in enumerate(samples)
                 if name in sample.contents
-                for item, content in enumerate(_items(sample.contents[name]))
+                for item, content in enumerate(
+                    sample.contents[name] if modality.items > 1 else (sample.contents[name],)
+                )
             ]
             present = [i for i, _, _ in items]
             collated = self._collate(name, modality, samples, items, weights_B[present], epoch)
@@ -74,10 +76,10 @@ class Collator:
         if self.views == 1:
             labelled = (labels >= 0) & (weights_B > 0)
             counts = {"cls": float(labelled.sum())}
-            counts |= {
-                f"cls_{name}": float(labelled[np.unique(of)].sum())
-                for name, of in zip(self.modalities, rows, strict=True)
-            }
+            for name, of in zip(self.modalities, rows, strict=True):
+                has_B = np.zeros_like(labelled)
+                has_B[of] = True
+                counts[f"cls_{name}"] = float((labelled & has_B).sum())
         return Batch(
             keys=tuple(sample.key for sample in samples),
             views=self.views,
@@ -125,11 +127,6 @@ def _targets(samples: Sequence[Sample]) -> torch.Tensor | None:
     """(B, L) float32 where the target is no class."""
     known = [sample.target for sample in samples if sample.target is not None]
     return torch.from_numpy(np.stack(known)) if known else None
-
-
-def _items(content: Any) -> tuple[Any, ...]:
-    """The texts, images, ... of one sample."""
-    return content if isinstance(content, Several) else (content,)
 
 
 @dataclass(frozen=True)
