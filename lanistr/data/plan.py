@@ -379,6 +379,8 @@ def _argsort(*keys: np.ndarray) -> np.ndarray:
         return np.lexsort(keys[::-1])
     packed = np.zeros(len(keys[0]), dtype=np.uint64)
     for column, width in zip(columns, bits, strict=True):
-        packed = (packed << np.uint64(width)) | column.astype(np.uint64)
+        packed <<= np.uint64(width)
+        packed |= column.astype(np.int64, copy=False).view(np.uint64)
     packed.sort()
-    return (packed & np.uint64((1 << bits[-1]) - 1)).astype(np.int64)
+    packed &= np.uint64((1 << bits[-1]) - 1)
+    return packed.view(np.int64)
