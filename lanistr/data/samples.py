@@ -99,14 +99,11 @@ def read_samples(
     places = list(zip(positions, repeats or [0] * len(positions), strict=True))
     found = [_fetch(source, position) for position, _ in places]
     contents: list[dict[str, Any]] = [{} for _ in places]
+    whole = [(i, fetched) for i, fetched in enumerate(found) if isinstance(fetched, Fetched)]
     for name, modality in source.modalities.items():
         names = [item_members(modality.members, item) for item in range(modality.items)]
         items = [
-            (i, fetched, item)
-            for i, fetched in enumerate(found)
-            if isinstance(fetched, Fetched)
-            for item, own in enumerate(names)
-            if own[0] in fetched.members
+            (i, fetched, item) for i, fetched in whole for item, own in enumerate(names) if own[0] in fetched.members
         ]
         members = [
             {m: fetched.members[own] for m, own in zip(names[0], names[item], strict=True)} if item else fetched.members

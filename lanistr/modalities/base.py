@@ -39,16 +39,13 @@ class Collated(Generic[InputT]):
 
 def stack(rows: Sequence[np.ndarray]) -> np.ndarray:
     """`numpy.stack`; a view, not a copy, where the rows lie one after the other in one array."""
-    first, begin = rows[0], address(rows[0])
-    beside = first.base is not None and all(
-        row.base is first.base
-        and row.strides == first.strides
-        and row.shape == first.shape
-        and row.dtype == first.dtype
-        and address(row) == begin + i * first.nbytes
-        for i, row in enumerate(rows)
-    )
-    if not (beside and first.flags.c_contiguous):
+    first, base = rows[0], rows[0].base
+    if base is None or not first.flags.c_contiguous or any(row.base is not base for row in rows):
+        return np.stack(rows)
+    begin, size, kind = address(first), first.nbytes, (first.shape, first.strides, first.dtype)
+    if [address(row) for row in rows] != list(range(begin, begin + len(rows) * size, size)) or any(
+        (row.shape, row.strides, row.dtype) != kind for row in rows
+    ):
         return np.stack(rows)
     return np.lib.stride_tricks.as_strided(first, (len(rows), *first.shape), (first.nbytes, *first.strides))
 
