@@ -238,13 +238,16 @@ def _rows(count: int, size: int) -> np.ndarray:
 def _decode_into(data: bytes, row_HWC: np.ndarray) -> bool:
     """Decode an image of just the row's size, if simplejpeg is there and takes it."""
     fast = _simplejpeg()
-    if fast:
-        with contextlib.suppress(ValueError):
-            height, width, space, _ = fast.decode_jpeg_header(data)
-            if (height, width) == row_HWC.shape[:2] and space in ("YCbCr", "Gray"):
-                fast.decode_jpeg(data, buffer=row_HWC)
-                return True
-    return False
+    if not fast:
+        return False
+    try:
+        height, width, space, _ = fast.decode_jpeg_header(data)
+        if (height, width) != row_HWC.shape[:2] or space not in ("YCbCr", "Gray"):
+            return False
+        fast.decode_jpeg(data, buffer=row_HWC)
+    except ValueError:  # Pillow has the last word on what is broken
+        return False
+    return True
 
 
 @cache
