@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lanistr.model.lanistr import Lanistr
+    from lanistr.predict import Predictor
 
 __version__ = "0.1.0"
-__all__ = ["Lanistr", "__version__"]
+__all__ = ["Lanistr", "Predictor", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from lanistr.model.lanistr import Lanistr
 
         return Lanistr
+    if name == "Predictor":
+        from lanistr.predict import Predictor
+
+        return Predictor
     raise AttributeError(f"module 'lanistr' has no attribute {name!r}")

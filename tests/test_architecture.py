@@ -13,6 +13,7 @@ LAYERS = [
     "manifest",
     "config",
     "transforms",
+    "raw",
     "batch",
     "ops",
     "modalities",
@@ -81,7 +82,9 @@ def test_arrows_run_one_way(path: Path) -> None:
             assert parts[1] in allowed, f"{path.name} ({room}) imports {name}"
 
 
-@pytest.mark.parametrize("module", ["lanistr", "lanistr.manifest", "lanistr.transforms", "etl", "etl.recipe"])
+@pytest.mark.parametrize(
+    "module", ["lanistr", "lanistr.manifest", "lanistr.transforms", "lanistr.raw", "etl", "etl.recipe"]
+)
 def test_import_is_light(module: str) -> None:
     heavy = "{'torch', 'duckdb', 'polars', 'transformers', 'deepspeed'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"

@@ -7,15 +7,19 @@ with the parameters. A fifth modality is one such file, one line in `lanistr.mod
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from lanistr.config import parse_strict
-from lanistr.manifest import ModalitySchema, Strict
+from lanistr.manifest import ModalitySchema, Strict, item_members
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ContentT = TypeVar("ContentT")  # one decoded sample
 ConfigT = TypeVar("ConfigT", bound=Strict)
@@ -55,6 +59,21 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
+@dataclass(frozen=True)
+class RawContext:
+    """What turning raw values into members takes beside the schema.
+
+    Attributes:
+        folder: that relative paths are relative to.
+        tokenizer: of the dataset that the model was trained on; None where it has no text.
+        max_chars: texts are cut to so many characters first; None = not.
+    """
+
+    folder: Path
+    tokenizer: "Tokenizer | None"
+    max_chars: int | None
+
+
 class Modality(ABC, Generic[ContentT, InputT]):
     """Loader side of a modality."""
 
@@ -73,6 +92,33 @@ class Modality(ABC, Generic[ContentT, InputT]):
     def parse_config(self, cls: type[ConfigT], config: dict[str, Any]) -> ConfigT:
         """The recipe's block, validated. Raises ValueError that names the key."""
         return parse_strict(cls, config, f"model.modalities.{self.name}")
+
+    def raw_keys(self) -> tuple[str, ...]:
+        """Keys of a raw record that `encode` reads."""
+        return (self.name,)
+
+    def encode(self, record: Mapping[str, Any], context: RawContext) -> dict[str, bytes]:
+        """Members of a raw record, made by `lanistr.transforms` as the ETL makes them; none where it is absent.
+
+        Raises:
+            ValueError: a value of the wrong type, or one that cannot be read.
+        """
+        raise ValueError("cannot be read from raw records")
+
+    def encode_items(
+        self, value: Any, kinds: tuple[type, ...], encode: Callable[[Any], dict[str, bytes]]
+    ) -> dict[str, bytes]:
+        """Members of one value, or of a list of at most ``items`` of them."""
+        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        if len(values) > self.items:
+            raise ValueError(f"{len(values)} values; at most {self.items} per record")
+        members: dict[str, bytes] = {}
+        for item, one in enumerate(values):
+            if not isinstance(one, kinds):
+                raise ValueError(f"{_short(one)}: must be {' or '.join(k.__name__ for k in kinds)}")
+            own = encode(one)
+            members |= dict(zip(item_members(list(own), item), own.values(), strict=True))
+        return members
 
     def portable(self) -> dict[str, Any]:
         """Its block of the recipe, such that `build` needs nothing but the block: what an export holds."""
@@ -159,6 +205,11 @@ class Modality(ABC, Generic[ContentT, InputT]):
             width: of the fusion tokens.
             attention: a backend of `lanistr.ops.attention` (resolved, not ``auto``).
         """
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"
 
 
 class ModalityEncoder(nn.Module, ABC, Generic[InputT]):

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lanistr.manifest import ModalitySchema, Strict
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder, address, stack
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext, address, stack
 from lanistr.modalities.loading import load_pretrained, published_sizes
-from lanistr.transforms import MEMBERS, ImageSpec
+from lanistr.raw import read_image_file
+from lanistr.transforms import MEMBERS, ImageSpec, encode_image
 
 
 class ImageConfig(Strict):
@@ -87,7 +89,17 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def __init__(self, name: str, config: dict[str, Any], schema: ModalitySchema):
         super().__init__(name, config, schema)
         self.config = self.parse_config(ImageConfig, config)
+        self.spec = ImageSpec.model_validate(schema.spec)
         self.augments = self.config.crop is not None or self.config.flip > 0
+
+    def encode(self, record: Mapping[str, Any], context: RawContext) -> dict[str, bytes]:
+        """A path or the bytes of a file, or several where the schema has several; an empty path is absent."""
+
+        def encode(source: str | Path | bytes) -> dict[str, bytes]:
+            data = source if isinstance(source, bytes) else read_image_file(context.folder, source)
+            return encode_image(data, self.spec) if data else {}
+
+        return self.encode_items(record.get(self.name), (str, Path, bytes), encode)
 
     def portable(self) -> dict[str, Any]:
         """With the published sizes in the place of published weights."""

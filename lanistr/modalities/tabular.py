@@ -6,6 +6,7 @@ embedding, S steps, D width.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, glu, linear, relu
 
 from lanistr.manifest import ModalitySchema, Strict
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import match_rows
 from lanistr.ops.ghost_norm import GhostBatchNorm
 from lanistr.ops.sparsemax import sparsemax
+from lanistr.raw import read_row
 from lanistr.transforms import MEMBERS, MISSING_ID, CategoricalColumn, NumericColumn, TabularSpec, read_npy
+from lanistr.transforms import TabularEncoder as RowEncoder
 
 
 class TabularConfig(Strict):
@@ -83,6 +86,20 @@ class TabularModality(Modality[Row, TabularInput]):
         self.mean = np.array([c.mean for c in self.spec.numeric], dtype=np.float32)
         self.std = np.array([c.std for c in self.spec.numeric], dtype=np.float32)
         self.cardinality = np.array([c.cardinality for c in self.spec.categorical], dtype=np.int64)
+
+    def raw_keys(self) -> tuple[str, ...]:
+        """The columns."""
+        return tuple(column.name for column in [*self.spec.numeric, *self.spec.categorical])
+
+    def encode(self, record: Mapping[str, Any], context: RawContext) -> dict[str, bytes]:
+        """The columns that the record names; one that it lacks, or has as None, is a missing cell."""
+        if not any(key in record for key in self.raw_keys()):
+            return {}
+        return self._encoder.encode(read_row(record, self.spec))
+
+    @cached_property
+    def _encoder(self) -> RowEncoder:
+        return RowEncoder(self.spec)
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
-from lanistr.transforms import MEMBERS, TextSpec, read_npy
+from lanistr.transforms import MEMBERS, TextSpec, encode_text, read_npy
 
 HF_ATTENTION = "lanistr_packed"
 KEPT = -1  # in a corruption: this token is neither changed nor predicted
@@ -88,6 +88,20 @@ class TextModality(Modality[np.ndarray, TextInput]):
         self.spec = TextSpec.model_validate(schema.spec)
         self.is_special_V = np.zeros(self.spec.vocab_size, dtype=bool)
         self.is_special_V[[self.spec.cls_id, self.spec.sep_id, self.spec.pad_id]] = True
+
+    def encode(self, record: Mapping[str, Any], context: RawContext) -> dict[str, bytes]:
+        """A text, or several where the schema has several; a blank one is absent."""
+        if record.get(self.name) is None:
+            return {}
+        if context.tokenizer is None:
+            raise ValueError("the model came without its tokenizer")
+        tokenizer = context.tokenizer
+
+        def encode(text: str) -> dict[str, bytes]:
+            stripped = text.strip(" ")
+            return encode_text(stripped[: context.max_chars], tokenizer, self.spec) if stripped else {}
+
+        return self.encode_items(record[self.name], (str,), encode)
 
     def portable(self) -> dict[str, Any]:
         """With the published sizes in the place of published weights."""

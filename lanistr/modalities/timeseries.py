@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lanistr.batch import Layout, make_layout
 from lanistr.manifest import ModalitySchema, Strict
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder
+from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import match_rows
 from lanistr.ops.transformer import Block, checkpoint_blocks
-from lanistr.transforms import MEMBERS, SeriesSpec, read_npy
+from lanistr.raw import read_points
+from lanistr.transforms import MEMBERS, SeriesSpec, encode_points, read_npy
 
 
 class SeriesConfig(Strict):
@@ -104,6 +105,13 @@ class SeriesModality(Modality[Series, SeriesInput]):
         self.group_of_C = np.zeros(len(self.spec.variables), dtype=np.int64)
         for group, channels in enumerate(self.spec.groups):
             self.group_of_C[channels] = group
+
+    def encode(self, record: Mapping[str, Any], context: RawContext) -> dict[str, bytes]:
+        """Points ``(time, variable, value)``, or ``{variable: values}`` of steps; an empty series is absent."""
+        value = record.get(self.name)
+        if value is None or (hasattr(value, "__len__") and not len(value)):
+            return {}
+        return encode_points(read_points(value, self.spec), self.spec)
 
     @classmethod
     def paper_schema(cls) -> ModalitySchema:
