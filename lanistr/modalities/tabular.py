@@ -118,25 +118,16 @@ class TabularModality(Modality[Row, TabularInput]):
     def decode(self, members: Mapping[str, bytes]) -> Row:
         """Standardise the numbers; a missing cell is 0 (the mean) or category 0."""
         (row,) = self._standardise(self._stored(members)[None])
-        if isinstance(row, ValueError):
-            raise row
         return row
 
     def decode_batch(
         self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
     ) -> list[Row | ValueError]:
-        """As `Modality.decode_batch`, the arithmetic of all rows at once."""
-        found: list[Any] = []
-        for own in members:
-            try:
-                found.append(self._stored(own))
-            except ValueError as error:
-                found.append(error)
-        good = [i for i, row in enumerate(found) if not isinstance(row, ValueError)]
-        if good:
-            for i, row in zip(good, self._standardise(np.stack([found[i] for i in good])), strict=True):
-                found[i] = row
-        return found
+        """As `Modality.decode_batch`, the arithmetic of all rows at once; one by one only where a row is bad."""
+        try:
+            return [*self._standardise(np.stack([self._stored(own) for own in members]))]
+        except ValueError:
+            return super().decode_batch(members, rngs)
 
     def _stored(self, members: Mapping[str, bytes]) -> np.ndarray:
         """(K,) float32 as written."""
@@ -146,18 +137,16 @@ class TabularModality(Modality[Row, TabularInput]):
             raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {columns} columns")
         return row_K.astype(np.float32, copy=False)
 
-    def _standardise(self, rows_nK: np.ndarray) -> list[Row | ValueError]:
+    def _standardise(self, rows_nK: np.ndarray) -> list[Row]:
         numeric = len(self.mean)
         observed_nK = np.isfinite(rows_nK)
         numbers_nR = np.where(observed_nK[:, :numeric], (rows_nK[:, :numeric] - self.mean) / self.std, 0)
-        numbers_nR = numbers_nR.astype(np.float32, copy=False)
         ids_nC = np.where(observed_nK[:, numeric:], rows_nK[:, numeric:], MISSING_ID).astype(np.int64)
-        found: list[Row | ValueError] = list(map(Row, numbers_nR, ids_nC, observed_nK))
-        for i in np.flatnonzero(((ids_nC < 0) | (ids_nC >= self.cardinality)).any(axis=1)):
-            found[i] = ValueError(
-                f"tab.npy: category ids {ids_nC[i].tolist()}, cardinalities {self.cardinality.tolist()}"
-            )
-        return found
+        bad_N = ((ids_nC < 0) | (ids_nC >= self.cardinality)).any(axis=1)
+        if bad_N.any():
+            ids, limits = ids_nC[bad_N.argmax()].tolist(), self.cardinality.tolist()
+            raise ValueError(f"tab.npy: category ids {ids}, cardinalities {limits}")
+        return list(map(Row, numbers_nR.astype(np.float32, copy=False), ids_nC, observed_nK))
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """One per decision step."""
