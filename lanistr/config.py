@@ -6,6 +6,7 @@ sharded. The blocks under ``model.modalities`` belong to the modalities (their `
 
 import contextlib
 import difflib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -167,10 +168,11 @@ class PretrainConfig(OptimizerConfig):
 
 
 class FinetuneConfig(OptimizerConfig):
-    """Fine-tuning for classification.
+    """Fine-tuning for what the dataset's target is: a class, several labels, or numbers.
 
     Attributes:
-        freeze: ``encoders`` = unimodal encoders frozen and in eval mode (paper); ``none`` = everything trained.
+        freeze: what stays as it is, in eval mode: ``encoders`` = all unimodal encoders (paper), ``none``, or a list of
+            modalities (their encoders), ``projections`` and ``fusion``.
         transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
             start afresh: for runs whose fusion has collapsed).
         pooling: what the classifier sees: the fusion ``cls`` token (paper), the ``mean`` of a sample's fused tokens, or
@@ -181,19 +183,35 @@ class FinetuneConfig(OptimizerConfig):
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         modality_dropout: chance per sample and epoch that a present modality is hidden in training.
+        metric: of `lanistr.metrics`, that chooses the best weights and when to stop; None = accuracy of a class, average
+            precision of labels, RMSE of numbers.
+        class_weights: weights of the classes in the loss (of several labels: of their positives): ``balanced`` = inverse to
+            their frequency among the labels in use, mean 1; or a list.
         patience: evaluations on validation without improvement before stopping; None = never.
         eval_every: epochs between evaluations on validation.
     """
 
-    freeze: Literal["encoders", "none"] = "encoders"
+    freeze: Literal["encoders", "none"] | list[str] = "encoders"
     transfer: Literal["all", "encoders"] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
     unimodal: float = Field(default=0.0, ge=0)
     hidden: int = 256
     dropout: float = 0.0
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
+    metric: str | None = None
+    class_weights: Literal["none", "balanced"] | list[float] = "none"
     patience: int | None = None
     eval_every: int = Field(default=1, ge=1)
+
+    def frozen(self, modalities: Sequence[str]) -> list[str]:
+        """The parts that ``freeze`` names. Raises ValueError for one that there is not."""
+        if isinstance(self.freeze, str):
+            return list(modalities) if self.freeze == "encoders" else []
+        known = [*modalities, "projections", "fusion"]
+        unknown = [part for part in self.freeze if part not in known]
+        if unknown:
+            raise ValueError(f"finetune.freeze: no part {unknown[0]!r}; there are {', '.join(known)}")
+        return self.freeze
 
 
 class Recipe(Strict):

@@ -63,7 +63,7 @@ class Predictor:
         self.task: Finetune | None = None
         if config.finetune:
             width = config.model.fusion.width
-            self.task = Finetune(model, width, len(config.labels), config.finetune, 0)
+            self.task = Finetune(model, width, len(config.labels), config.finetune, 0, config.target)
             fill(self.task, exported.weights, str(exported.folder))
             self.task.to(self.device).eval()
         else:

@@ -6,14 +6,17 @@ forward. The engine divides by the count of the whole optimizer step, over all r
 Shape suffixes: B samples, T packed fusion rows of one view, D width.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lanistr.batch import Batch
 from lanistr.config import FinetuneConfig, FusionConfig, ObjectiveConfig
 from lanistr.losses import decorrelation_loss, simsiam_loss
+from lanistr.manifest import Target
 from lanistr.modalities.base import Modality
 from lanistr.model.fusion import SimSiamHeads
 from lanistr.model.lanistr import Lanistr
@@ -97,41 +100,75 @@ def slots_present(batch: Batch, modalities: int) -> Tensor:
 
 
 class Finetune(nn.Module):
-    """Classification: an MLP on the fusion [CLS], or on means of the fused tokens.
+    """An MLP on the fusion [CLS], or on means of the fused tokens, for a class, several labels, or numbers.
 
     Attributes:
         weights: ``cls`` 1, and ``cls_<modality>`` where each modality has a classifier of its own.
     """
 
-    def __init__(self, model: Lanistr, width: int, classes: int, config: FinetuneConfig, seed: int):
+    class_weights: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(
+        self, model: Lanistr, width: int, outputs: int, config: FinetuneConfig, seed: int, target: Target = "class"
+    ):
         super().__init__()
         model.drop_heads()
-        self.model = model
+        self.model, self.target = model, target
         self.pooling = config.pooling
         self.weights = {"cls": 1.0}
-        self.frozen = False
+        self.frozen: list[nn.Module] = []
         sources = 1 + len(model.encoders) if config.pooling == "modalities" else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
-            self.classifier = make_classifier(width * sources, classes, config)
+            self.classifier = make_classifier(width * sources, outputs, config)
             self.unimodal = nn.ModuleDict()
             if config.unimodal:
-                self.unimodal.update({name: make_classifier(width, classes, config) for name in model.encoders})
+                self.unimodal.update({name: make_classifier(width, outputs, config) for name in model.encoders})
                 self.weights |= {f"cls_{name}": config.unimodal for name in model.encoders}
+        self.register_buffer("class_weights", torch.ones(outputs), persistent=False)
+        if target == "regression":  # learnt in units of the labels' deviation, which travels with the weights
+            self.register_buffer("target_mean", torch.zeros(outputs))
+            self.register_buffer("target_std", torch.ones(outputs))
 
-    def freeze(self) -> None:
-        """Freeze the unimodal encoders (not their projections) and keep them in eval mode from now on."""
-        self.frozen = True
-        for name in self.model.encoders:
-            self.model.encoder(name).encoder.requires_grad_(False)
+    @torch.no_grad()
+    def fit(self, labels_N: np.ndarray, targets_NL: np.ndarray, how: Literal["none", "balanced"] | list[float]) -> None:
+        """Take class weights, or mean and deviation of numbers, from the labelled samples in use.
+
+        Raises:
+            ValueError: class weights for numbers, or not one per class.
+        """
+        if self.target == "regression":
+            if how != "none":
+                raise ValueError("finetune.class_weights: the target is a regression, it has no classes")
+            std_L = np.nan_to_num(np.nanstd(targets_NL, axis=0))
+            self.target_mean.copy_(torch.from_numpy(np.nan_to_num(np.nanmean(targets_NL, axis=0))))
+            self.target_std.copy_(torch.from_numpy(np.where(std_L > 0, std_L, 1)))
+        elif how != "none":
+            found = balanced_weights(labels_N, targets_NL, len(self.class_weights)) if how == "balanced" else how
+            if len(found) != len(self.class_weights):
+                raise ValueError(f"finetune.class_weights: {len(found)} weights for {len(self.class_weights)} classes")
+            self.class_weights.copy_(torch.tensor(found))
+
+    def freeze(self, parts: Sequence[str] | None = None) -> None:
+        """Freeze parts (see `FinetuneConfig`; None = the unimodal encoders) and keep them in eval mode from now on."""
+        for part in self.model.encoders if parts is None else parts:
+            if part == "fusion":
+                self.frozen.append(self.model.fusion)
+            elif part == "projections":
+                self.frozen += [self.model.encoder(name).projection for name in self.model.encoders]
+            else:
+                self.frozen.append(self.model.encoder(part).encoder)
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Finetune":
-        """As `nn.Module.train`, but frozen encoders stay in eval mode."""
+        """As `nn.Module.train`, but frozen parts stay in eval mode."""
         super().train(mode)
-        if self.frozen:
-            for name in self.model.encoders:
-                self.model.encoder(name).encoder.eval()
+        for module in self.frozen:
+            module.eval()
         return self
 
     def _pool(self, fused_TD: Tensor, batch: Batch) -> Tensor:
@@ -160,27 +197,55 @@ class Finetune(nn.Module):
         return logits
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Total cross-entropy over labelled samples of weight > 0, per term over those that have the modality."""
+        """Total loss over labelled samples of weight > 0, per term over those that have the modality."""
         labelled_B = (batch.labels_B >= 0).float() * batch.weights_B
-        labels_B = batch.labels_B.clamp(min=0)
         totals: dict[str, Tensor] = {}
         present_BM = slots_present(batch, len(self.model.encoders))
         for i, (term, logits_BC) in enumerate(self.logits(batch).items()):
-            losses_B = nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            losses_B = self._losses(logits_BC, batch)
             totals[term] = (losses_B * labelled_B * present_BM[:, i]).sum()  # source 0, [CLS], is in every sample
         return totals
 
+    def _losses(self, logits_BL: Tensor, batch: Batch) -> Tensor:
+        """(B,) cross-entropy of a class; of labels and numbers the mean over them, an unknown one counting zero."""
+        if self.target == "class":
+            labels_B = batch.labels_B.clamp(min=0)
+            losses_B = nn.functional.cross_entropy(logits_BL, labels_B, reduction="none")
+            return losses_B * self.class_weights[labels_B]
+        assert batch.targets_BL is not None, "the dataset's target is a class"
+        known_BL = batch.targets_BL.isfinite()
+        truth_BL = batch.targets_BL.nan_to_num()
+        if self.target == "multilabel":
+            losses_BL = nn.functional.binary_cross_entropy_with_logits(
+                logits_BL, truth_BL, reduction="none", pos_weight=self.class_weights
+            )
+        else:
+            losses_BL = (logits_BL - (truth_BL - self.target_mean) / self.target_std).square()
+        return (losses_BL * known_BL).mean(1)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """(B, classes) probabilities, float32."""
-        return self.logits(batch)["cls"].softmax(-1)
+        """(B, outputs) float32: probabilities of the classes or labels, or numbers in the target's own unit."""
+        logits_BL = self.logits(batch)["cls"]
+        if self.target == "regression":
+            return logits_BL * self.target_std + self.target_mean
+        return logits_BL.softmax(-1) if self.target == "class" else logits_BL.sigmoid()
 
 
-def make_classifier(width: int, classes: int, config: FinetuneConfig) -> nn.Sequential:
-    """The MLP classification module (paper, section "Experiments")."""
+def balanced_weights(labels_N: np.ndarray, targets_NL: np.ndarray, classes: int) -> list[float]:
+    """N / (classes * n of the class); of several labels negatives / positives. One that does not occur weighs 1."""
+    if targets_NL.shape[1]:
+        positive, negative = (targets_NL == 1).sum(0), (targets_NL == 0).sum(0)
+        return np.where((positive > 0) & (negative > 0), negative / np.maximum(positive, 1), 1.0).tolist()
+    counts = np.bincount(labels_N, minlength=classes)
+    return np.where(counts > 0, len(labels_N) / (classes * np.maximum(counts, 1)), 1.0).tolist()
+
+
+def make_classifier(width: int, outputs: int, config: FinetuneConfig) -> nn.Sequential:
+    """The MLP module (paper, section "Experiments")."""
     return nn.Sequential(
         nn.Linear(width, config.hidden),
         nn.GELU(),
         nn.Dropout(config.dropout),
-        nn.Linear(config.hidden, classes),
+        nn.Linear(config.hidden, outputs),
     )

@@ -17,7 +17,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{result['run']} on {result['split']}: {result['n']} samples")
     for name, metric in result["metrics"].items():
         low, high = metric["ci95"]
-        print(f"  {name:<10}{metric['value']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+        if metric["value"] is None:
+            print(f"  {name:<18}undefined on these samples")
+        else:
+            print(f"  {name:<18}{metric['value']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    for row in result["patterns"]:
+        found = "  ".join(f"{name} {v:.3f}" for name, v in list(row["metrics"].items())[:2] if v is not None)
+        print(f"  {row['n']:>6} with {' + '.join(row['present']) or 'nothing'}: {found or 'too few'}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.seed is not None:
         overrides.append(f"finetune.seed={arguments.seed}")
     if arguments.freeze:
-        overrides.append(f"finetune.freeze={arguments.freeze}")
+        one = arguments.freeze in ("encoders", "none")
+        overrides.append(f"finetune.freeze={arguments.freeze if one else f'[{arguments.freeze}]'}")
     recipe = load_recipe(name, overrides)
     data = common.dataset(arguments.data, recipe.name)
 
@@ -50,11 +51,13 @@ def label_count(text: str) -> int | None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    made = common.parser("Fine-tune LANISTR for classification.")
+    made = common.parser("Fine-tune LANISTR for what the dataset's target is.")
     made.add_argument("--from", dest="source", required=True, help="pretraining run, or none = from scratch")
     made.add_argument("--labels", type=label_count, default=None, help="labelled samples: a number or all (default)")
     made.add_argument("--seed", type=int, help="of the draw of labels, the new parameters and the order")
-    made.add_argument("--freeze", choices=["encoders", "none"], help="default: the recipe's; from scratch: none")
+    made.add_argument(
+        "--freeze", metavar="PARTS", help="encoders, none, or for example text,fusion (default: the recipe's)"
+    )
     arguments = made.parse_intermixed_args()
     arguments.recipe_given = any(a.startswith("--recipe") for a in sys.argv)
     if arguments.run is None:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     "manifest",
     "config",
+    "metrics",
     "transforms",
     "raw",
     "batch",

@@ -30,8 +30,9 @@ from lanistr.model.lanistr import build_model
 from lanistr.predict import Prediction
 from lanistr.predict_file import read_records, write_predictions
 from lanistr.tasks import Pretrain
+from lanistr.training.best import predict
 from lanistr.training.checkpoint import WEIGHTS, load_weights, named_tensors, save_weights
-from lanistr.training.finetune import make_task, predict
+from lanistr.training.finetune import make_task
 from lanistr.training.run import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, index_columns, item_members, sample_key
+from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, Target, index_columns, item_members, sample_key
 from lanistr.transforms import MEMBERS, read_npy
 from tests.model.support import SCHEMAS, random_members
 
@@ -26,10 +26,13 @@ def write_gold(
     seed: int = 0,
     per_shard: int = 16,
     items: Mapping[str, int] | None = None,
+    targets: Callable[[int], list[float]] | None = None,
+    target: Target = "class",
 ) -> Path:
     """Write ``n[split]`` samples per split; sample ``i`` has the modalities ``present(i)``.
 
-    Where ``items`` allows a modality more than one, sample ``i`` has 1 + i modulo that many.
+    Where ``items`` allows a modality more than one, sample ``i`` has 1 + i modulo that many. ``targets(i)`` are the
+    numbers of sample ``i`` of a ``target`` that is no class.
     """
     schemas = {
         name: ModalitySchema(kind=name, members=MEMBERS[name], items=(items or {}).get(name, 1), spec=spec.model_dump())
@@ -40,11 +43,12 @@ def write_gold(
         (folder / split).mkdir(parents=True, exist_ok=True)
         for start in range(0, n.get(split, 0), per_shard):
             ids = range(start, min(start + per_shard, n[split]))
-            shards.append(_write_shard(folder, split, ids, schemas, present, seed))
+            shards.append(_write_shard(folder, split, ids, schemas, present, seed, targets, target))
     manifest = Manifest(
         name="tiny",
         modalities=schemas,
-        labels=CLASSES,
+        labels=CLASSES if targets is None else [f"t{j}" for j in range(len(targets(0)))],
+        target=target,
         split_rule={},
         shards=shards,
         quarantine={},
@@ -64,6 +68,8 @@ def _write_shard(
     schemas: dict[str, ModalitySchema],
     present: Callable[[int], Sequence[str]],
     seed: int,
+    targets: Callable[[int], list[float]] | None,
+    target: Target,
 ) -> Shard:
     path = f"{split}/tiny-{split}-{ids.start:05d}.tar"
     rows: list[dict[str, Any]] = []
@@ -76,7 +82,7 @@ def _write_shard(
                 for item in range(1, 1 + i % schemas[name].items):
                     more = random_members(np.random.default_rng([seed, i, len(split), item]))[name]
                     files |= dict(zip(item_members(list(more), item), more.values(), strict=True))
-            row = {column: -1 if column.startswith("offset") else 0 for column, _ in index_columns(schemas)}
+            row = {column: -1 if column.startswith("offset") else 0 for column, _ in index_columns(schemas, target)}
             mask = sum(1 << bit for bit, name in enumerate(schemas) if name in names)
             row |= {"key": sample_key("tiny", split, str(i)), "group_hash": str(i), "presence": mask}
             row |= {
@@ -86,6 +92,8 @@ def _write_shard(
                 "source_row": i,
                 "tab": [],
             }
+            if targets:
+                row |= {"label": 0, "target": targets(i)}
             for name in names:
                 first = schemas[name].members[0]
                 row[f"length/{name}"] = len(read_npy(files[first])) if first in ("tok.npy", "ts.npy") else 1
@@ -97,7 +105,7 @@ def _write_shard(
                 row[f"size/{member}"], row[f"crc32/{member}"] = len(data), zlib.crc32(data)
             rows.append(row)
     types = {"string": pa.string(), "list<float32>": pa.list_(pa.float32())}
-    fields = [(c, types.get(t) or getattr(pa, t)()) for c, t in index_columns(schemas)]
+    fields = [(c, types.get(t) or getattr(pa, t)()) for c, t in index_columns(schemas, target)]
     index = path.replace(".tar", ".parquet")
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), folder / index)
     masks = [str(row["presence"]) for row in rows]

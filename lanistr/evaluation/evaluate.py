@@ -1,4 +1,4 @@
-"""Evaluation of a fine-tuned run on one split."""
+"""Evaluation of a fine-tuned run on one split: metrics with intervals, by presence pattern, and what they are made of."""
 
 import json
 import os
@@ -10,16 +10,22 @@ import torch
 
 from lanistr.config import load_recipe
 from lanistr.data.reader import load_manifest, open_split
-from lanistr.evaluation.metrics import METRICS, Metric
 from lanistr.evaluation.statistics import estimate
+from lanistr.metrics import METRICS, Metric
 from lanistr.modalities import make_modalities
+from lanistr.training.best import predict
 from lanistr.training.checkpoint import WEIGHTS, load_weights
-from lanistr.training.finetune import make_task, predict
+from lanistr.training.finetune import make_task
 from lanistr.training.run import read_run
+
+FEWEST = 10  # samples of a presence pattern that metrics are worth showing for
 
 
 def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
-    """Evaluate the best weights of a fine-tuning run and write ``<run>/metrics.json``.
+    """Evaluate the best weights of a fine-tuning run.
+
+    Writes ``<run>/metrics.json``, and outputs and truth of every sample to ``<run>/predictions-<split>.npz`` for paired
+    tests.
 
     Raises:
         ValueError: not a fine-tuning run, or a dataset with other labels.
@@ -29,8 +35,10 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
         raise ValueError(f"{run}: no best weights; only a finished fine-tuning run can be evaluated")
     recipe = load_recipe(str(run / "recipe.yaml"))
     manifest = load_manifest(data, recipe.data)
-    if manifest.labels != identity["labels"]:
-        raise ValueError(f"{data} has labels {manifest.labels}, {run} was trained on {identity['labels']}")
+    if (manifest.labels, manifest.target) != (identity["labels"], identity.get("target", "class")):
+        raise ValueError(
+            f"{data} has the {manifest.target} target {manifest.labels}, {run} was trained on {identity['labels']}"
+        )
     modalities = make_modalities(manifest, recipe.model.modalities)
     dataset = open_split(data, split, modalities, recipe.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,22 +46,66 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
     report = load_weights(task, run / "best" / WEIGHTS)
     if report.new:
         raise ValueError(f"{run}: the best weights lack {', '.join(report.new[:3])}")
-    probabilities, labels = predict(task, dataset, dataset.labelled(None, 0), device)
+    positions = dataset.labelled(None, 0)
+    outputs, truth = predict(task, dataset, positions, device)
+    names = {manifest.bit(name): name for name in modalities}
     result = {
         "run": run.name,
         "split": split,
         "content_id": manifest.content_id,
-        "n": len(labels),
+        "target": manifest.target,
+        "n": len(truth),
         "labels": identity["n_labels"],
         "from": identity["from"],
-        "metrics": {name: _rounded(metric, probabilities, labels) for name, metric in METRICS["class"].items()},
+        "metrics": {name: _estimate(m, outputs, truth) for name, m in METRICS[manifest.target].items()},
+        "patterns": by_pattern(outputs, truth, dataset.presence[positions], names, METRICS[manifest.target]),
     }
+    keys = np.array(dataset.keys, dtype=np.bytes_)[positions]
+    save_predictions(run / f"predictions-{split}.npz", keys, dataset.presence[positions], outputs, truth)
     temporary = run / ".metrics.json.tmp"
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, run / "metrics.json")
     return result
 
 
-def _rounded(metric: Metric, outputs: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+def by_pattern(
+    outputs: np.ndarray, truth: np.ndarray, presence_N: np.ndarray, names: dict[int, str], metrics: dict[str, Metric]
+) -> list[dict[str, Any]]:
+    """Metrics of the samples of each presence pattern, the most frequent first.
+
+    Args:
+        outputs, truth: of the samples, see `lanistr.metrics`.
+        presence_N: bitmasks.
+        names: modality per bit value.
+        metrics: by name.
+
+    Returns:
+        Per pattern ``present``, ``n`` and, of at least `FEWEST` samples, ``metrics`` (None where one is undefined).
+    """
+    masks, counts = np.unique(presence_N, return_counts=True)
+    rows = []
+    for mask, n in sorted(zip(masks.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]):
+        own = presence_N == mask
+        found = {name: _number(metric(outputs[own], truth[own])) for name, metric in metrics.items()}
+        present = [name for bit, name in names.items() if mask & bit]
+        rows.append({"present": present, "n": n, "metrics": found if n >= FEWEST else {}})
+    return rows
+
+
+def save_predictions(
+    path: Path, keys: np.ndarray, presence_N: np.ndarray, outputs: np.ndarray, truth: np.ndarray
+) -> None:
+    """Outputs and truth per sample, without pickles."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, keys=keys, presence=presence_N, outputs=outputs, truth=truth)
+    os.replace(temporary, path)
+
+
+def _estimate(metric: Metric, outputs: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     found = estimate(metric, [outputs], truth)
-    return {"value": found.value, "ci95": [found.low, found.high]}
+    return {"value": _number(found.value), "ci95": [_number(found.low), _number(found.high)]}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lanistr.evaluation.metrics import Metric
+from lanistr.metrics import Metric
 
 DRAWS = 1000
 
@@ -57,7 +57,7 @@ def estimate(
     """The metric with a bootstrap interval (percentiles).
 
     Args:
-        metric: of `lanistr.evaluation.metrics`.
+        metric: of `lanistr.metrics`.
         outputs: per seed, (N, ...).
         truth_N: (N, ...).
         groups_N: samples of one group are drawn together.

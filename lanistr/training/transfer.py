@@ -1,6 +1,7 @@
 """From pretraining to fine-tuning: everything is carried over, TabNet and its embeddings included."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,20 @@ def transfer(
     return copy_weights(task, stored, str(path), sorted(notes))
 
 
-def refuse_untrained(task: Finetune, report: LoadReport | None) -> None:
-    """Raises ValueError where freezing would keep an encoder at its random start for ever."""
+def refuse_untrained(task: Finetune, report: LoadReport | None, parts: Sequence[str]) -> None:
+    """Raises ValueError where freezing would keep a part at its random start for ever."""
     loaded = report.loaded if report else []
+    names = list(task.model.encoders)
+    prefixes = {name: [f"model.encoders.{name}.encoder."] for name in names}
+    prefixes |= {"projections": [f"model.encoders.{name}.projection." for name in names], "fusion": ["model.fusion."]}
     untrained = [
-        name
-        for name in task.model.encoders
-        if not task.model.encoder(name).pretrained
-        and not any(n.startswith(f"model.encoders.{name}.encoder.") for n in loaded)
+        part
+        for part in parts
+        if not (part in names and task.model.encoder(part).pretrained)
+        and not all(any(n.startswith(prefix) for n in loaded) for prefix in prefixes[part])
     ]
     if untrained:
         raise ValueError(
-            f"finetune.freeze=encoders would freeze {', '.join(untrained)}, which was never trained: give --from a run "
+            f"finetune.freeze would freeze {', '.join(untrained)}, which was never trained: give --from a run "
             "that has it, model.modalities.<name>.pretrained, or finetune.freeze=none"
         )

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lanistr.evaluation.metrics import accuracy, mae
 from lanistr.evaluation.statistics import compare, estimate
+from lanistr.metrics import accuracy, mae
 
 
 def outputs(labels: np.ndarray, right: np.ndarray) -> np.ndarray:

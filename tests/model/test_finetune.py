@@ -11,8 +11,9 @@ from lanistr.batch import Batch
 from lanistr.config import FinetuneConfig
 from lanistr.data.loader import Collator
 from lanistr.data.samples import Sample
+from lanistr.manifest import Target
 from lanistr.model.lanistr import build_model
-from lanistr.tasks import Finetune
+from lanistr.tasks import Finetune, balanced_weights
 from tests.model.support import NAMES, RECIPE, make_modalities, random_samples
 
 
@@ -31,19 +32,21 @@ def naive_pool(rows_TD: torch.Tensor, tokens: dict[str, int], pooling: str) -> t
     return torch.cat(means)
 
 
-def make_batch(presence: list[list[str]], labels: list[int]) -> tuple[Batch, list[dict[str, Any]]]:
+def make_batch(
+    presence: list[list[str]], labels: list[int], targets: np.ndarray | None = None
+) -> tuple[Batch, list[dict[str, Any]]]:
     modalities = make_modalities()
     contents, _ = random_samples(modalities, presence, seed=1)
     samples = [
-        Sample(key=str(i), label=label, presence=0, contents=c)
+        Sample(str(i), 0, label, c, target=None if targets is None else targets[i].astype(np.float32))
         for i, (c, label) in enumerate(zip(contents, labels, strict=True))
     ]
     return Collator(modalities, views=1, seed=0)(samples, [1.0] * len(samples), epoch=0), contents
 
 
-def make_task(**finetune: Any) -> Finetune:
+def make_task(target: Target = "class", **finetune: Any) -> Finetune:
     model = build_model(RECIPE.model, make_modalities(), seed=0)
-    return Finetune(model, RECIPE.model.fusion.width, 3, FinetuneConfig(**finetune), seed=0).eval()
+    return Finetune(model, RECIPE.model.fusion.width, 3, FinetuneConfig(**finetune), 0, target).eval()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "modalities"])
@@ -97,3 +100,72 @@ def test_the_fused_term_does_not_teach_the_unimodal_classifiers() -> None:
     taught = {name for name, p in task.unimodal.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {name.split(".")[0] for name in taught} == {"text"}
     assert all(p.grad is None for p in task.classifier.parameters())
+
+
+NAN = float("nan")
+
+
+def test_multilabel_loss_is_the_mean_over_labels_of_known_cells() -> None:
+    truth = np.array([[1, 0, NAN], [0, 0, 1], [NAN, NAN, NAN]])
+    batch, _ = make_batch([["text"], ["image"], ["text"]], [0, 0, -1], truth)
+    task = make_task("multilabel")
+    task.fit(batch.labels_B[:2].numpy(), truth[:2], [2.0, 1.0, 3.0])
+    logits = task.logits(batch)["cls"].double()
+    expected = 0.0
+    for i, j in itertools.product(range(3), range(3)):
+        p = torch.sigmoid(logits[i, j]).item()
+        if truth[i, j] == 1:
+            expected -= [2.0, 1.0, 3.0][j] * np.log(p) / 3
+        elif truth[i, j] == 0:
+            expected -= np.log(1 - p) / 3
+    assert task(batch)["cls"].item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(task.predict(batch), torch.sigmoid(logits).float().detach(), atol=1e-6)
+
+
+def test_numbers_are_learnt_standardised_and_predicted_in_their_own_unit() -> None:
+    truth = np.array([[10.0, NAN, 5.0], [30.0, 1.0, 5.0]])
+    batch, _ = make_batch([["text"], ["image"]], [0, 0], truth)
+    task = make_task("regression")
+    task.fit(np.zeros(2, dtype=int), truth, "none")
+    logits = task.logits(batch)["cls"]
+    predicted = task.predict(batch)
+    np.testing.assert_allclose(predicted[:, 0], 20 + 10 * logits[:, 0].detach(), rtol=1e-5)
+    np.testing.assert_allclose(predicted[:, 2], 5 + logits[:, 2].detach(), rtol=1e-5)  # a constant has deviation 1
+    scaled = (predicted.double() - torch.from_numpy(truth)) / torch.tensor([10.0, 1.0, 1.0])
+    assert task(batch)["cls"].item() == pytest.approx(scaled.square().nansum().item() / 3, rel=1e-4)
+    assert {"target_mean", "target_std"} <= task.state_dict().keys()
+    with pytest.raises(ValueError, match="has no classes"):
+        task.fit(np.zeros(2, dtype=int), truth, "balanced")
+
+
+def test_class_weights_scale_each_samples_loss() -> None:
+    batch, _ = make_batch([["text"], ["image"], ["text", "tabular"]], [0, 2, 2])
+    plain, weighted = make_task(), make_task()
+    weighted.fit(batch.labels_B.numpy(), np.zeros((3, 0)), "balanced")
+    losses = torch.nn.functional.cross_entropy(plain.logits(batch)["cls"], batch.labels_B, reduction="none")
+    expected = (losses * torch.tensor([1.0, 0.5, 0.5])).sum()  # 3 / (3 * 1), 3 / (3 * 2)
+    torch.testing.assert_close(weighted(batch)["cls"], expected)
+    with pytest.raises(ValueError, match="2 weights for 3 classes"):
+        plain.fit(batch.labels_B.numpy(), np.zeros((3, 0)), [1.0, 2.0])
+
+
+def test_balanced_weights_equal_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    labels = np.random.default_rng(0).integers(0, 4, 50)
+    theirs = sklearn.compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    np.testing.assert_allclose(balanced_weights(labels, np.zeros((50, 0)), 4), theirs)
+
+
+@pytest.mark.parametrize("parts", [["text"], ["projections"], ["fusion", "image"], []])
+def test_only_the_named_parts_are_frozen_and_in_eval_mode(parts: list[str]) -> None:
+    task = make_task(freeze=parts).train()
+    task.freeze(FinetuneConfig(freeze=parts).frozen(NAMES))
+    prefixes = {name: f"model.encoders.{name}.encoder." for name in NAMES} | {"fusion": "model.fusion."}
+    for name, parameter in task.named_parameters():
+        of = [p for p in parts if p in prefixes and name.startswith(prefixes[p])]
+        of += ["projections"] * ("projections" in parts and name.split(".")[3:4] == ["projection"])
+        assert parameter.requires_grad == (not of), name
+    assert task.model.fusion.training == ("fusion" not in parts)
+    assert task.model.encoder("text").encoder.training == ("text" not in parts)
+    with pytest.raises(ValueError, match="no part 'sound'"):
+        FinetuneConfig(freeze=["sound"]).frozen(NAMES)

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -113,6 +114,29 @@ def test_finetuning_freezes_encoders_and_writes_metrics(recipe: Path, gold: Path
     assert set(result["metrics"]) >= {"accuracy", "macro_f1", "auroc"}
     low, high = result["metrics"]["accuracy"]["ci95"]
     assert low <= result["metrics"]["accuracy"]["value"] <= high
+
+
+@pytest.mark.dist
+def test_a_regression_is_tuned_with_frozen_parts_and_evaluated(recipe: Path, tmp_path: Path) -> None:
+    gold = write_gold(
+        tmp_path / "gold",
+        {"train": 40, "val": 12, "test": 12},
+        lambda i: ["text", "tabular"] if i % 2 else ["tabular"],
+        targets=lambda i: [1000.0 + i, float("nan") if i % 3 else -i],
+        target="regression",
+    )
+    pre, tuned = tmp_path / "pre", tmp_path / "tuned"
+    finish(launch(1, arguments("pretrain", recipe, gold, pre, "pretrain.max_steps=2")))
+    more = ["--from", str(pre), "--freeze", "text,image,timeseries", "finetune.metric=mae", "finetune.patience=2"]
+    output = finish(launch(1, arguments("finetune", recipe, gold, tuned, *more)))[0]
+    assert "validation mae" in output
+    finish(launch(1, [str(ROOT / "launchers" / "evaluate.py"), "--run", str(tuned), "--data", str(gold)]))
+    result = json.loads((tuned / "metrics.json").read_text())
+    assert result["metrics"]["mae"]["value"] < 500, "in the target's own unit"
+    assert [row["n"] for row in result["patterns"]] == [6, 6]
+    with np.load(tuned / "predictions-test.npz") as found:
+        assert found["outputs"].shape == found["truth"].shape == (12, 2)
+    assert json.loads((tuned / "summary.json").read_text())["metric"] == "mae"
 
 
 @pytest.mark.dist

@@ -116,5 +116,8 @@ def test_an_encoder_that_was_never_trained_is_not_frozen(tmp_path: Path) -> None
     run, _ = pretraining_run(tmp_path)
     tuned = fresh(make_modalities())
     with pytest.raises(ValueError, match="would freeze text, image, tabular, timeseries, which was never trained"):
-        refuse_untrained(tuned, None)
-    refuse_untrained(tuned, transfer(tuned, run, make_modalities()))
+        refuse_untrained(tuned, None, ["text", "image", "tabular", "timeseries"])
+    refuse_untrained(tuned, transfer(tuned, run, make_modalities()), [*make_modalities(), "projections", "fusion"])
+    encoders = transfer(tuned, run, make_modalities(), encoders_only=True)
+    with pytest.raises(ValueError, match="would freeze fusion"):
+        refuse_untrained(tuned, encoders, ["text", "fusion"])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lanistr.evaluation import metrics as ours
-from lanistr.evaluation.metrics import METRICS, find_metric, goodness, reliability
+from lanistr import metrics as ours
+from lanistr.metrics import METRICS, find_metric, goodness, reliability
 
 theirs = pytest.importorskip("sklearn.metrics")
 
