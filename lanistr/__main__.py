@@ -1,8 +1,10 @@
-"""``python -m lanistr describe | export | report``: what a recipe builds; a run as a model; what runs reached."""
+"""``python -m lanistr describe | export | report | compare``: a recipe, a run or many methods at a glance."""
 
 import argparse
 import sys
 from pathlib import Path
+
+from lanistr.comparison.command import add_compare
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,13 +29,24 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--truth", type=Path, help="truth.json of the demo data")
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
-    arguments = parser.parse_args(argv)
+    add_compare(commands)
+    arguments = _parse(parser, argv)
     try:
         print(arguments.run(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Argparse takes ``key=value`` only straight after the recipe; people write it at the end, as for the launchers."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _describe(arguments: argparse.Namespace) -> str:

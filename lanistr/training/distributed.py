@@ -42,6 +42,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_joined() -> bool:
+    """Whether this process is in a group.
+
+    A caller that trains more than once joins first, and leaves when it is done: DeepSpeed keeps groups of its own, which
+    a second group in one process would not fit.
+    """
+    return dist.is_initialized()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

@@ -61,6 +61,7 @@ def finetune(
     about = describe_checkpoint(recipe, "finetune", manifest)
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
+    joined = distributed.is_joined()
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world)
     task = make_task(recipe, manifest, device.type, config.precision)
@@ -88,7 +89,8 @@ def finetune(
     if rank == 0:
         summary = {"task": "finetune", "steps": steps, "metric": keeper.metric, "best": keeper.best}
         (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    distributed.shutdown()
+    if not joined:
+        distributed.shutdown()
 
 
 def _check(recipe: Recipe, manifest: Manifest, modalities: list[str], source: Path | None) -> list[str]:

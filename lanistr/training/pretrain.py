@@ -45,6 +45,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     about = describe_checkpoint(recipe, "pretrain", manifest)
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
+    joined = distributed.is_joined()
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world)
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
@@ -68,4 +69,5 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     )
     if distributed.rank() == 0:
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")
-    distributed.shutdown()
+    if not joined:
+        distributed.shutdown()

