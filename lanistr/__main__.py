@@ -1,10 +1,10 @@
-"""``python -m lanistr describe | export | report | compare``: a recipe, a run or many methods at a glance."""
+"""``python -m lanistr describe | export | report | compare | ablate``: a recipe, a run or many methods at a glance."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from lanistr.comparison.command import add_compare
+from lanistr.comparison.command import add_ablate, add_compare
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
     add_compare(commands)
+    add_ablate(commands)
     arguments = _parse(parser, argv)
     try:
         print(arguments.run(arguments))

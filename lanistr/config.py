@@ -161,10 +161,14 @@ class PretrainConfig(OptimizerConfig):
         eval_every: steps between measurements of the terms on the val split (also at the first and last step); None =
             never.
         eval_samples: of the val split, at most.
+        share: of the train split, drawn with ``seed``; a smaller share is part of a larger one (paper, Table 4).
+        complete_only: only samples that have every modality (paper, Table 3: without non-parallel data).
     """
 
     eval_every: int | None = Field(default=1000, ge=1)
     eval_samples: int = Field(default=1024, ge=1)
+    share: float = Field(default=1.0, gt=0, le=1)
+    complete_only: bool = False
 
 
 class FinetuneConfig(OptimizerConfig):

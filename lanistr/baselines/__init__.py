@@ -6,7 +6,7 @@ samples for everything that has to be chosen. It never sees the test split befor
 Shape suffixes: N samples, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -31,6 +31,14 @@ class Subset:
     def classes(self) -> int:
         """Of the dataset: a draw of few labels may lack some."""
         return len(self.dataset.manifest.labels)
+
+    def only(self, names: Collection[str]) -> "Subset":
+        """The same samples without the other modalities."""
+        dataset = self.dataset
+        kept = {name: modality for name, modality in dataset.modalities.items() if name in names}
+        if len(kept) == len(dataset.modalities):
+            return self
+        return Subset(GoldDataset(dataset.path, dataset.split, kept, store=dataset.store), self.positions_N)
 
     def __len__(self) -> int:
         return len(self.positions_N)

@@ -99,6 +99,8 @@ def _load(run: Path, train: Subset) -> Predict:
     if not (run / "best" / WEIGHTS).is_file():
         raise ValueError(f"{run}: fine-tuning never validated; finetune.eval_every is longer than the run")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = make_task(load_recipe(str(run / "recipe.yaml")), train.dataset.manifest, device.type).to(device)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    task = make_task(recipe, train.dataset.manifest, device.type).to(device)
     load_weights(task, run / "best" / WEIGHTS)
-    return lambda subset: predict(task, subset.dataset, subset.positions_N, device)[0]
+    names = list(task.model.encoders)
+    return lambda subset: predict(task, subset.only(names).dataset, subset.positions_N, device)[0]

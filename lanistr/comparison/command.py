@@ -1,4 +1,4 @@
-"""``python -m lanistr compare``: arguments; the work is done where heavy imports are."""
+"""``python -m lanistr compare | ablate``: arguments; the work is done where heavy imports are."""
 
 import argparse
 import logging
@@ -48,6 +48,24 @@ def run_compare(arguments: argparse.Namespace) -> str:
     from lanistr.comparison.compare import compare_methods
 
     return compare_methods(arguments)
+
+
+def add_ablate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command ``ablate``."""
+    ablate = commands.add_parser(
+        "ablate", help="LANISTR without each modality, loss and part of its data: Tables 3 and 4", description=PROLOGUE
+    )
+    add_arguments(ablate)
+    ablate.add_argument("--arms", type=names, help="for example full,without_image,unlabelled_50 (default: all)")
+    ablate.set_defaults(run=run_ablate)
+
+
+def run_ablate(arguments: argparse.Namespace) -> str:
+    """Run; returns the table."""
+    prepare(arguments.verbose)
+    from lanistr.comparison.ablate import ablate
+
+    return ablate(arguments)
 
 
 def prepare(verbose: bool) -> None:

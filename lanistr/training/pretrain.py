@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
-from lanistr.config import Recipe
+import numpy as np
+
+from lanistr.config import PretrainConfig, Recipe
 from lanistr.data.loader import Collator
 from lanistr.data.mixing import MixedDataset
-from lanistr.data.reader import load_manifest, load_tokenizer_bytes, open_split
+from lanistr.data.reader import GoldDataset, load_manifest, load_tokenizer_bytes, open_split
+from lanistr.data.streams import philox
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
@@ -37,11 +40,16 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
+    positions = choose_samples(dataset, config)
     if recipe.data.mix:
+        if positions is not None:
+            raise ValueError(
+                "pretrain.share and pretrain.complete_only choose samples of one dataset: give no data.mix"
+            )
         others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
         dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
     collator = Collator(modalities, views=2, seed=config.seed)
-    loader = train_loader(dataset, collator, recipe.data, config)
+    loader = train_loader(dataset, collator, recipe.data, config, positions)
     about = describe_checkpoint(recipe, "pretrain", manifest)
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
@@ -71,3 +79,22 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")
     if not joined:
         distributed.shutdown()
+
+
+def choose_samples(dataset: GoldDataset, config: PretrainConfig) -> np.ndarray | None:
+    """Positions that ``share`` and ``complete_only`` leave, ascending; None = all.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if config.share == 1 and not config.complete_only:
+        return None
+    positions_N = np.arange(dataset.n)
+    if config.complete_only:
+        every = sum(dataset.index.bits.values())
+        positions_N = positions_N[dataset.presence == every]
+    order = philox("share", dataset.content_id, config.seed).permutation(len(positions_N))
+    chosen = np.sort(positions_N[order[: round(config.share * len(order))]])
+    if not len(chosen):
+        raise ValueError(f"no sample of train is left by share {config.share}, complete_only {config.complete_only}")
+    return chosen

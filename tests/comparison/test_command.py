@@ -1,4 +1,4 @@
-"""`python -m lanistr compare` as a user runs it, on a dataset of a few random samples."""
+"""`python -m lanistr compare` and `ablate` as a user runs it, on a dataset of a few random samples."""
 
 import json
 import logging
@@ -63,6 +63,22 @@ def test_compare_runs_resumes_and_writes_its_results(tmp_path: Path, recipe: Pat
     other = lanistr(*shared, "--methods", "trees", "finetune.lr=2e-3")
     assert other.returncode == 2
     assert "recipe.finetune.lr was 0.001, is 0.002" in other.stderr
+
+
+def test_ablate_answers_for_samples_of_which_nothing_is_left(tmp_path: Path, recipe: Path) -> None:
+    gold = write_gold(tmp_path / "gold", {"train": 24, "val": 9, "test": 12}, lambda i: NAMES if i % 3 else ["image"])
+    out = tmp_path / "out"
+    shared = ["ablate", str(recipe), "--data", str(gold), "--out", str(out), "--labels", "8", "--seeds", "1"]
+    done = lanistr(*shared, "--arms", "full,without_image,without_mmm,unlabelled_50,unlabelled_0")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "result.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "without_image", "without_mmm", "unlabelled_50", "unlabelled_0"]
+    steps = {
+        arm: json.loads((out / "runs" / arm / "pretrain-0" / "summary.json").read_text())["steps"]
+        for arm in ("full", "unlabelled_50")
+    }
+    assert steps == {"full": 3, "unlabelled_50": 1}
+    assert not (out / "runs" / "unlabelled_0" / "pretrain-0").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""An arm of an ablation differs from the whole in one thing, and the data that it may see is what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lanistr.comparison.ablate import choose, make_arms
+from lanistr.config import PretrainConfig
+from lanistr.data.reader import GoldDataset
+from lanistr.training.pretrain import choose_samples
+from tests.model.support import NAMES, RECIPE, make_modalities
+from tests.tiny_gold import write_gold
+
+TERMS = {name: modality.term for name, modality in make_modalities().items()}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {name: leaf for key, node in tree.items() for name, leaf in flatten(node, f"{prefix}.{key}").items()}
+
+
+def test_an_arm_changes_one_thing() -> None:
+    arms = make_arms(RECIPE, TERMS)
+    whole = flatten(arms["full"][1].model_dump())
+    changed = {}
+    for name, (_, recipe) in arms.items():
+        own = flatten(recipe.model_dump())
+        changed[name] = {key for key in own.keys() | whole.keys() if own.get(key) != whole.get(key)}
+    for name in NAMES:
+        assert changed[f"without_{name}"]
+        assert all(key.startswith(f".model.modalities.{name}.") for key in changed[f"without_{name}"])
+    for term in [*TERMS.values(), "mmm"]:
+        assert changed[f"without_{term}"] == {f".objective.weights.{term}"}
+    assert changed["without_nonparallel"] == {".pretrain.complete_only"}
+    assert changed["unlabelled_50"] == {".pretrain.share"}
+    assert changed["full"] == changed["unlabelled_0"] == set()
+
+
+def test_a_loss_that_is_off_is_no_arm_and_an_unknown_arm_is_refused() -> None:
+    weights = {**RECIPE.objective.weights, "mmm": 0.0}
+    objective = RECIPE.objective.model_copy(update={"weights": weights})
+    arms = make_arms(RECIPE.model_copy(update={"objective": objective}), TERMS)
+    assert "without_mmm" not in arms
+    assert list(choose(arms, ["full", "without_mlm"])) == ["full", "without_mlm"]
+    with pytest.raises(ValueError, match="arm 'without_mmm': there are full"):
+        choose(arms, ["without_mmm"])
+
+
+def test_a_smaller_share_is_part_of_a_larger_one_and_complete_means_every_modality(tmp_path: Path) -> None:
+    gold = write_gold(tmp_path, {"train": 40}, lambda i: NAMES if i % 4 == 0 else NAMES[: i % 4])
+    dataset = GoldDataset(gold, "train", make_modalities())
+    assert choose_samples(dataset, PretrainConfig()) is None
+    shares = [choose_samples(dataset, PretrainConfig(share=share)) for share in (0.25, 0.5, 0.75)]
+    assert [len(positions) for positions in shares if positions is not None] == [10, 20, 30]
+    sets = [set(np.asarray(positions).tolist()) for positions in shares]
+    assert sets[0] < sets[1] < sets[2]
+    complete = choose_samples(dataset, PretrainConfig(complete_only=True))
+    assert complete is not None
+    np.testing.assert_array_equal(complete, np.arange(0, 40, 4))
+    two = {name: modality for name, modality in make_modalities().items() if name in NAMES[:2]}
+    complete = choose_samples(GoldDataset(gold, "train", two), PretrainConfig(complete_only=True))
+    assert complete is not None
+    assert len(complete) == 30  # of the modalities in use
+    with pytest.raises(ValueError, match="no sample of train is left"):
+        choose_samples(dataset, PretrainConfig(share=0.001))
