@@ -23,9 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--out", type=Path, required=True, help="new folder")
     export.add_argument("--data", type=Path, help="gold dataset, for a run that keeps no tokenizer")
     export.set_defaults(run=_export)
-    report = commands.add_parser("report", help="a Markdown report of a pretraining run and of models tuned from it")
-    report.add_argument("--pretrain", type=Path, required=True, help="run folder of pretraining")
-    report.add_argument("--finetuned", type=Path, nargs="+", required=True, help="evaluated run folders")
+    report = commands.add_parser("report", help="of a pretraining run and models tuned from it, or of methods compared")
+    report.add_argument("--pretrain", type=Path, help="run folder of pretraining")
+    report.add_argument("--finetuned", type=Path, nargs="+", help="evaluated run folders")
+    report.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME=RUN,RUN",
+        help="evaluated runs of one method, one per seed; once per method, the first is compared with the others",
+    )
     report.add_argument("--truth", type=Path, help="truth.json of the demo data")
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
@@ -70,9 +76,28 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> str:
+    if arguments.method:
+        return _report_methods(arguments)
+    if not arguments.pretrain or not arguments.finetuned:
+        raise ValueError("report: give --pretrain RUN and --finetuned RUN..., or --method NAME=RUN,RUN for each method")
+
     from lanistr.evaluation.report import write_report
 
     return write_report(arguments.pretrain, arguments.finetuned, arguments.truth, arguments.out)
+
+
+def _report_methods(arguments: argparse.Namespace) -> str:
+    named = [method.partition("=") for method in arguments.method]
+    if not all(name and runs for name, _, runs in named):
+        raise ValueError("--method: write NAME=RUN,RUN, for example pretrained=runs/a0,runs/a1")
+    if arguments.out.suffix != ".md":
+        raise ValueError(f"--out {arguments.out}: give a .md file; .html and .json are written beside it")
+
+    from lanistr.evaluation.methods import read_method, write_comparison
+
+    methods = [read_method(name, [Path(run) for run in runs.split(",")]) for name, _, runs in named]
+    write_comparison(methods, arguments.out)
+    return arguments.out.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

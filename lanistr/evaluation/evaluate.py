@@ -80,7 +80,7 @@ def by_pattern(
         metrics: by name.
 
     Returns:
-        Per pattern ``present``, ``n`` and, of at least `FEWEST` samples, ``metrics`` (None where one is undefined).
+        Per pattern ``mask``, ``present``, ``n`` and, of at least `FEWEST` samples, ``metrics`` (None where one is undefined).
     """
     masks, counts = np.unique(presence_N, return_counts=True)
     rows = []
@@ -88,7 +88,7 @@ def by_pattern(
         own = presence_N == mask
         found = {name: _number(metric(outputs[own], truth[own])) for name, metric in metrics.items()}
         present = [name for bit, name in names.items() if mask & bit]
-        rows.append({"present": present, "n": n, "metrics": found if n >= FEWEST else {}})
+        rows.append({"mask": mask, "present": present, "n": n, "metrics": found if n >= FEWEST else {}})
     return rows
 
 
