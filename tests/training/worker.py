@@ -15,21 +15,34 @@ from lanistr.data.reader import GoldDataset
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.guard import check_agreement
 from lanistr.training.schedule import lr_at
 from tests.model.support import RECIPE, make_modalities, make_pretrain
+
+DS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def config_of(case: dict[str, Any]) -> Any:
     return RECIPE.pretrain.model_copy(
         update={
             "global_batch": 8,
-            "micro_batch": case.get("micro"),
+            "micro_batch": case["micro"],
+            "precision": case["precision"],
             "lr": 1e-2,
             "clip": 0.5,
             "weight_decay": 0.1,
             "eps": 1e-6,  # Adam would turn the rounding of a gradient near zero into a step of another sign
         }
     )
+
+
+def ds_config(case: dict[str, Any]) -> Path:
+    """As shipped; stage 0 has nothing to configure."""
+    if case["stage"] == "0":
+        path = Path(case["gold"]) / "zero0.json"
+        path.write_text("{}")
+        return path
+    return DS / f"zero{'2_offload' if case['stage'] == 'offload' else case['stage']}.json"
 
 
 def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
@@ -44,9 +57,9 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
         ranks=world,
         rank=distributed.rank(),
         seed=1,
-        grouping=case.get("grouping", "stratified"),
+        grouping="stratified",
     )
-    filled = fill_config(Path(case["ds"]), "tiny", config, world)
+    filled = fill_config(ds_config(case), "tiny", config, world)
     engine = Engine(make_pretrain(modalities), filled, device, config.weight_decay)
     rows = []
     for step, batches in enumerate(loader.steps(0, case["steps"])):
@@ -54,7 +67,16 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
         result = engine.train_step(batches, lr)
         absent = [[n for n in modalities if all(b.counts[modalities[n].term] == 0 for b in batches)]]
         everyone = distributed.gather_objects(absent[0])
-        rows.append({"loss": result.loss, "terms": result.terms, "norm": result.grad_norm, "absent": everyone})
+        check_agreement(engine.module, step)
+        rows.append(
+            {
+                "loss": result.loss,
+                "terms": result.terms,
+                "norm": result.grad_norm,
+                "skipped": result.skipped,
+                "absent": everyone,
+            }
+        )
     return rows
 
 
