@@ -93,10 +93,10 @@ def plain_torch(gold: Path, precision: str) -> list[float]:
         grouping="stratified",
     )
     groups = parameter_groups(task, 0.1)
-    copies = {p: p.detach().clone().requires_grad_() for group in groups for p in group["params"]}  # in float32
-    masters = [{**group, "params": [copies[p] for p in group["params"]]} for group in groups]
     if precision == "bfloat16":
-        task.bfloat16()
+        task.bfloat16()  # DeepSpeed's masters start from the rounded parameters, too
+    copies = {p: p.detach().float().clone().requires_grad_() for group in groups for p in group["params"]}
+    masters = [{**group, "params": [copies[p] for p in group["params"]]} for group in groups]
     optimizer = torch.optim.AdamW(masters, lr=1e-2, betas=(0.9, 0.999), eps=config.eps)
     losses = []
     for step, (batch,) in enumerate(loader.steps(0, STEPS)):
