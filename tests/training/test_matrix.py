@@ -125,6 +125,7 @@ class Matrix:
         self.folder = folder
         self.golds = {f"no_{n}": write_gold(folder / f"no_{n}", {"train": 40}, sparse(n)) for n in NAMES}
         self.golds["varied"] = write_gold(folder / "varied", {"train": 40}, varied)
+        (folder / "zero0.json").write_text("{}")
         self.rows: dict[Case, list[dict[str, Any]]] = {}
         self.reference = cache(lambda data, precision: plain_torch(self.golds[data], precision))
 
