@@ -1,10 +1,11 @@
-"""``python -m lanistr describe | export | report | compare | ablate``: a recipe, a run or many methods at a glance."""
+"""``python -m lanistr describe | export | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from lanistr.comparison.command import add_ablate, add_compare
+from lanistr.tune import add_tune
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     report.set_defaults(run=_report)
     add_compare(commands)
     add_ablate(commands)
+    add_tune(commands)
     arguments = _parse(parser, argv)
     try:
         print(arguments.run(arguments))

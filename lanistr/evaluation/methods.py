@@ -162,7 +162,8 @@ def _blocks(methods: Sequence[Method], figures: dict[str, Any], target: str) -> 
         _metrics_table(figures),
         f"## Is {methods[0].name} better? ({main}: {note} is better)",
         f"The difference is {methods[0].name} minus the other method, seed by seed and sample by sample. p-values are "
-        "two-sided: of the paired bootstrap, and of a paired permutation test that exchanges the two outputs of a sample. "
+        "two-sided: of the paired bootstrap, and of a paired permutation test that exchanges the two outputs of a sample "
+        "(of all seeds at once: it speaks of other samples, not of other seeds). "
         "They are not corrected for the number of methods.",
         _tests_table(figures),
         f"## {main} by what is present",
