@@ -91,12 +91,14 @@ def in_a_process(data: Path, ds_config: Path, source: Path | None, labels: int |
 
     def run(recipe: Recipe, folder: Path, resuming: bool) -> None:
         context = multiprocessing.get_context("spawn")
-        arguments = (recipe.model_dump(mode="json"), data, folder, ds_config, source, labels, resuming)
+        said = context.SimpleQueue()
+        arguments = (recipe.model_dump(mode="json"), data, folder, ds_config, source, labels, resuming, said)
         process = context.Process(target=_finetune, args=arguments)
         process.start()
         process.join()
         if process.exitcode:
-            raise ValueError(f"{folder}: fine-tuning ended with code {process.exitcode}; run again to go on")
+            reason = f"code {process.exitcode}" if said.empty() else said.get()
+            raise ValueError(f"{folder.name}: {reason}; a rerun goes on here")
 
     return run
 
@@ -109,6 +111,7 @@ def _finetune(
     source: Path | None,
     labels: int | None,
     resuming: bool,
+    said: Any,
 ) -> None:
     from lanistr.training.finetune import finetune
 
@@ -119,7 +122,7 @@ def _finetune(
         resume = "auto" if resuming else None
         finetune(recipe, data, folder, ds_config, source=source, labels=labels, resume=resume)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        said.put(str(error))
         sys.exit(2)
 
 
