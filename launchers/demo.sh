@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+command -v nvidia-smi > /dev/null || export DS_ACCELERATOR=cpu  # else deepspeed warns that it found nothing better
 runs=runs/demo
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
@@ -14,12 +15,12 @@ say "2/6 raw files -> shards"
 python -m etl build demo --raw raw/demo --lake lake
 python -m etl verify lake/gold/demo
 say "3/6 pretraining, ZeRO-2 on 2 ranks"
-deepspeed --num_accelerators 2 launchers/pretrain.py --deepspeed ds_configs/zero2.json --run $runs/pretrain
+deepspeed -q --num_accelerators 2 launchers/pretrain.py --deepspeed ds_configs/zero2.json --run $runs/pretrain
 say "4/6 fine-tuning from it, all parts trained"
-deepspeed --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
+deepspeed -q --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
   --from $runs/pretrain --data lake/gold/demo --labels all --run $runs/finetuned
 say "5/6 the same model from scratch"
-deepspeed --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
+deepspeed -q --num_accelerators 2 launchers/finetune.py --deepspeed ds_configs/zero2.json \
   --from none --data lake/gold/demo --labels all --run $runs/scratch
 say "6/6 evaluation and report"
 for run in finetuned scratch; do

@@ -144,6 +144,8 @@ class Engine:
         self.weights = task.weights
         self._norm: float | None = None
         self._engine._copy_recovery_script = lambda save_path: None  # our weights are whole without a script
+        if self.stage == 0:
+            self._engine._config.gradient_clipping = 0.0  # ours to do: DeepSpeed's fails where a step has no gradient
         self._describe()
 
     def _describe(self) -> None:
@@ -204,10 +206,12 @@ class Engine:
         return self._result(sums, counts, skipped or bool(getattr(engine.optimizer, "overflow", False)))
 
     def _guard_stage_0(self) -> bool:
-        """What ZeRO does and stage 0 does not: note the norm, and drop a gradient that is not finite."""
+        """What ZeRO does and stage 0 does not: note the norm, and drop a gradient that is not finite; and clip."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self._norm = float(nn.utils.get_total_norm(gradients))
+        norm = nn.utils.get_total_norm(gradients)
+        self._norm = float(norm)
         if math.isfinite(self._norm):
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config["gradient_clipping"], norm)
             return False
         for parameter in self.module.parameters():
             parameter.grad = None

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from lanistr.training.engine import StepResult
 from lanistr.training.guard import Guard, SpikeWatch
+from tests.model.support import NAMES
+from tests.ranks import finish, launch
+from tests.tiny_gold import write_gold
 
 BATCHES = cast(Any, [SimpleNamespace(keys=("a", "b")), SimpleNamespace(keys=("c",))])
 
@@ -57,3 +60,20 @@ def test_no_loss_within_the_usual_range_is_a_spike(losses: list[float], scale: f
         usual = [*watch.recent]
         spike = watch.is_spike(loss)
         assert not (spike and loss <= max(usual))
+
+
+@pytest.mark.dist
+def test_no_rank_takes_a_step_that_is_not_finite_on_one_and_a_parameter_that_differs_is_named(tmp_path: Path) -> None:
+    gold = write_gold(tmp_path / "gold", {"train": 40}, lambda _: NAMES)
+    (tmp_path / "zero0.json").write_text("{}")
+    cases = [
+        {"stage": stage, "precision": precision, "micro": None, "gold": str(gold)}
+        for stage, precision in (("0", "float32"), ("1", "float32"), ("2", "float32"), ("2", "bfloat16"))
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker = str(Path(__file__).with_name("guard_worker.py"))
+    finish(launch(2, [worker, str(tmp_path / "cases.json"), str(tmp_path / "out.json")]))
+    for case, report in zip(cases, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        assert report["steps"] == [[[False, False], [True, True], [False, False]]] * 2, case
+        for said in report["said"]:
+            assert f"after step 3: parameters differ between ranks; the first is {report['name']}" in said, case
