@@ -108,18 +108,19 @@ def _weights(run: Path, task: str) -> tuple[dict[str, Any], int]:
     return {name: tensor for name, tensor in weights.items() if not name.startswith("heads.")}, step
 
 
-def _tokenizer(run: Path, recipe: Recipe, identity: dict[str, Any], data: Path | None) -> bytes:
+def _tokenizer(run: Path, recipe: Recipe, identity: dict[str, Any], data: Path | None) -> bytes | None:
+    """The tokenizer file; None where the dataset had texts as tokens and named no tokenizer."""
     kept = run / RUN_TOKENIZER
     if kept.is_file():
         found = kept.read_bytes()
         if hashlib.sha256(found).hexdigest() != identity["tokenizer"]:
             raise ValueError(f"{kept}: not the tokenizer that the run was trained with")
         return found
+    if "tokenizer" in identity and identity["tokenizer"] is None:
+        return None
     if data is None:
         raise ValueError(f"{run} keeps no tokenizer: give --data GOLD, the dataset that it was trained on")
     manifest = load_manifest(data, recipe.data)
     if manifest.content_id != identity["content_id"]:
         raise ValueError(f"{data}: not the dataset that {run} was trained on")
-    found = load_tokenizer_bytes(data, recipe.data, manifest)
-    assert found is not None, "a dataset with text names a tokenizer"
-    return found
+    return load_tokenizer_bytes(data, recipe.data, manifest)

@@ -198,3 +198,14 @@ def test_nothing_half_written_stays(tmp_path: Path, gold: Path, capsys: pytest.C
     (run / "tokenizer.json").unlink()
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
     assert "give --data GOLD" in capsys.readouterr().err
+
+
+def test_a_dataset_without_a_tokenizer_is_exported_without_one(tmp_path: Path, gold: Path) -> None:
+    run, _ = pretraining(tmp_path, gold)
+    (run / "tokenizer.json").unlink()
+    identity = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(identity | {"tokenizer": None}))
+    out = export_run(run, tmp_path / "out")
+    assert not (out / "tokenizer.json").exists()
+    found = lanistr.Predictor.from_pretrained(out).predict({"text": "a red box"}, embeddings=True)
+    assert found.error == "text: the model came without its tokenizer"
