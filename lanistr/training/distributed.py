@@ -1,8 +1,11 @@
 """The only importer of torch.distributed: what the toolkit needs of it, in terms of plain Python values."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +33,26 @@ def complete_environment() -> None:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def rendezvous_deadline(seconds: float = 300.0) -> Iterator[None]:
+    """End this process with one line where the other ranks do not come: one may have ended before it could say so."""
+
+    def end() -> None:
+        own, world, _ = world_from_environment()
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        line = f"error: rank {own} waited {seconds:.0f} s at {where} for all {world} ranks to join: one is missing"
+        print(line, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def rank() -> int:

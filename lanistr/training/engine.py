@@ -58,7 +58,8 @@ def start(threads: int | None = None) -> torch.device:
         if threads or "OMP_NUM_THREADS" not in os.environ:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    with distributed.rendezvous_deadline():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
 
 

@@ -69,9 +69,17 @@ class World:
         return finish(processes)[0]
 
 
-def done(run: Path) -> int:
+def done(run: Path, since: float = 0.0) -> int:
+    """Steps reported; 0 where nothing was since then."""
     path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.is_file() else 0
+    return len(path.read_text().splitlines()) if path.is_file() and path.stat().st_mtime > since else 0
+
+
+def saving_since(run: Path, started: float) -> bool:
+    """Whether a checkpoint is being written; what an earlier kill has left does not count."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(folder.stat().st_ctime > started for folder in (run / "checkpoints").glob(".step-*"))
+    return False
 
 
 def wait_for(condition: Callable[[], bool], processes: "list[subprocess.Popen[str]]") -> None:
@@ -106,11 +114,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def kill(world: World, run: Path, whom: str, rng: random.Random) -> None:
     """Start, kill at a random moment (every other time while a checkpoint is written), and see that nobody is left."""
+    started = time.time()
     processes = world.start(run) if whom != "launcher" else [start_launcher(world, run)]
     inside_save = rng.random() < 0.5
     at, delay = rng.randrange(1, STEPS), rng.uniform(0, 0.05)
-    hidden = run / "checkpoints"
-    wait_for(lambda: any(hidden.glob(".step-*")) if inside_save else done(run) >= at, processes)
+    wait_for(lambda: saving_since(run, started) if inside_save else done(run, started) >= at, processes)
     time.sleep(delay)
     victims = {"one": processes[-1:], "all": processes, "launcher": processes}[whom]
     ranks = children(processes[0].pid) if whom == "launcher" else []

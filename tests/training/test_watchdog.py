@@ -1,5 +1,8 @@
 """What the watchdog concludes from what ranks say; that it ends them is in test_faults.py."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,11 @@ def test_alone_it_leaves_errors_alone(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError, match="mine"):
         fail()
+
+
+def test_a_rank_that_waits_in_vain_for_the_others_ends_with_one_line() -> None:
+    code = "from lanistr.training.distributed import rendezvous_deadline as d\nwith d(0.2):\n    __import__('time').sleep(60)"
+    at = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, **at}, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: rank 1 waited 0 s at node0:29500 for all 4 ranks to join: one is missing\n"
