@@ -122,6 +122,8 @@ class OptimizerConfig(Strict):
         on_nonfinite: a step whose loss or gradient is not finite never changes the parameters; ``stop`` ends the run
             there, ``skip`` goes on (at most ten in a row). The samples of the step are in ``<run>/incidents``.
         check_every: steps between checks that all ranks have the same parameters (also at the start); None = never.
+        health_every: steps between looks at the representation and the gradient (`lanistr.training.health`); None = never.
+        peak_tflops: of one rank, for the utilisation in the log; None = measured with a matrix product at the first report.
         hang_after: seconds without progress after which a rank is taken to hang, and the run ends; longer than the
             longest validation or save.
         save_every: steps between checkpoints (one more at the end).
@@ -146,6 +148,8 @@ class OptimizerConfig(Strict):
     seed: int = 0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     check_every: int | None = Field(default=1000, ge=1)
+    health_every: int | None = Field(default=50, ge=1)
+    peak_tflops: float | None = Field(default=None, gt=0)
     hang_after: float = Field(default=1800.0, gt=0)
     save_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=10, ge=1)

@@ -1,8 +1,7 @@
 """Parameters, FLOPs and tokens per part, without weights or data (built and run on the meta device)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +13,7 @@ from lanistr.data.loader import Collator
 from lanistr.data.samples import Sample
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities import MODALITIES
-from lanistr.modalities.base import Modality
-from lanistr.model.lanistr import Lanistr
-from lanistr.tasks import Pretrain
+from lanistr.training.flops import meta_pretrain
 
 PUBLISHED_TOTAL = 277.16e6  # Table 5, MIMIC-IV
 
@@ -28,7 +25,7 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
         recipe: sizes; ``pretrained`` names are not loaded: the sizes written in the recipe count.
         manifest: a dataset's vocabulary and columns; None = the paper's.
     """
-    task, modalities = _build(recipe, manifest)
+    task, modalities = meta_pretrain(recipe, _schemas(recipe, manifest))
     model = task.model
     parts: dict[str, int] = {}
     for name, modality in modalities.items():
@@ -63,7 +60,7 @@ def count_work(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, Wo
         recipe: sizes.
         manifest: a dataset's schema; None = the paper's.
     """
-    task, modalities = _build(recipe, manifest)
+    task, modalities = meta_pretrain(recipe, _schemas(recipe, manifest))
     contents = {name: modality.example() for name, modality in modalities.items()}
     sample = Sample(key="example", presence=0, label=-1, contents=contents)
     batch = to_device(Collator(modalities, views=2, seed=0)([sample], [1.0], epoch=0), "meta")
@@ -95,30 +92,14 @@ def _run(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
     return result, counter.get_total_flops()
 
 
-def _build(recipe: Recipe, manifest: Manifest | None) -> tuple[Pretrain, dict[str, Modality[Any, Any]]]:
-    schemas = manifest.modalities if manifest else _paper_schemas(recipe)
-    modalities = {
-        name: MODALITIES[schemas[name].kind](name, {**config, **_without_weights(config)}, schemas[name])
-        for name, config in recipe.model.modalities.items()
-        if name in schemas
-    }
-    fusion = recipe.model.fusion.model_copy(update={"pretrained": None})
-    config = recipe.model.model_copy(update={"fusion": fusion})
-    with torch.device("meta"):
-        model = Lanistr(config, modalities, backend="sdpa_bucketed")
-        task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
-    return task.to("meta"), modalities  # with the buffers that were made from numpy
-
-
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _without_weights(config: Mapping[str, object]) -> dict[str, None]:
-    return {"pretrained": None} if "pretrained" in config else {}
-
-
-def _paper_schemas(recipe: Recipe) -> dict[str, ModalitySchema]:
+def _schemas(recipe: Recipe, manifest: Manifest | None) -> dict[str, ModalitySchema]:
+    """A dataset's, or the paper's."""
+    if manifest:
+        return manifest.modalities
     return {name: MODALITIES[name].paper_schema() for name in recipe.model.modalities if name in MODALITIES}
 
 

@@ -94,6 +94,14 @@ def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
+def all_reduce_max(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise maximum over ranks, in float64."""
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any rank: the same answer on all of them."""
     return all_reduce_sum([float(flag)], device)[0] > 0

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,11 +176,18 @@ class Engine:
         """The task."""
         return self._engine.module
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr: float, before_update: Callable[[], None] | None = None
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches (contract 4).
 
         The counts of all micro-batches on all ranks are known before the first backward, so that ranks, micro-batches
         and accumulation only divide the work, never change the gradient.
+
+        Args:
+            micro_batches: of this rank.
+            lr: of this update.
+            before_update: called when the gradient is complete, before it is clipped and applied.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -199,8 +206,10 @@ class Engine:
             # Exactly 1, or NaN: a loss that is not finite has no finite gradient either, so that the step is skipped.
             loss = loss * (1 + 0 * loss.detach())
             engine.backward(scale * loss)
-            if self.stage == 0 and engine.is_gradient_accumulation_boundary():
-                skipped = self._guard_stage_0()
+            if engine.is_gradient_accumulation_boundary():
+                if before_update:
+                    before_update()
+                skipped = self.stage == 0 and self._guard_stage_0()
             engine.step()
             for name, total in totals.items():
                 sums[name] = sums[name] + total.detach()

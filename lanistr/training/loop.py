@@ -13,6 +13,7 @@ from lanistr.data.loader import TrainLoader
 from lanistr.training import distributed
 from lanistr.training.checkpoint import resume, save_checkpoint
 from lanistr.training.engine import Engine
+from lanistr.training.flops import Useful
 from lanistr.training.guard import Guard, check_agreement
 from lanistr.training.monitor import Monitor
 from lanistr.training.preemption import StopRequest
@@ -39,6 +40,7 @@ def train(
     begin: Callable[[int], None] | None = None,
     after_step: Callable[[int], bool] | None = None,
     score: Callable[[int], float | None] | None = None,
+    useful: Useful | None = None,
 ) -> int:
     """Train to the end of the run, or until a signal asks for a checkpoint and an early end.
 
@@ -52,6 +54,7 @@ def train(
         begin: called on every rank with the steps done before the first one of this process.
         after_step: called on every rank with the number of steps done; True ends the run.
         score: on validation after that many steps, more is better; None = not measured then.
+        useful: counts useful operations, for the log.
 
     Returns:
         Steps done.
@@ -62,9 +65,7 @@ def train(
     """
     total = total_steps(loader, config)
     step = resume(run, engine) if resuming else 0
-    manifest = loader.dataset.manifest
-    bits = {name: manifest.bit(name) for name in loader.dataset.modalities}
-    monitor = Monitor(run, step, total, config.log_every, bits, loader.workers)
+    monitor = Monitor(run, engine, loader, config, step, total, useful)
     guard = Guard(run, config.on_nonfinite)
     batches = loader.steps(step, total, engine.device)
     engine.module.train()
@@ -82,7 +83,8 @@ def train(
             torch.manual_seed(hash((config.seed, step, distributed.rank())))
             lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
             watchdog.note(step, "training")
-            result = engine.train_step(micro_batches, lr)
+            monitor.begin(step)
+            result = engine.train_step(micro_batches, lr, monitor.before_update)
             guard.check(step, result, micro_batches)
             monitor.record(step, lr, result, micro_batches, waited)
             step += 1

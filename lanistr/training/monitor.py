@@ -1,149 +1,199 @@
-"""What an operator sees: the progress line and ``metrics.jsonl``, both on rank 0 only."""
+"""What an operator sees: one line per interval and ``metrics.jsonl`` on rank 0, about all ranks.
+
+Sums (samples, tokens, presence) are over ranks; waits and memory are the largest of any rank, because the others wait for it.
+"""
 
 import json
+import math
 import os
-import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lanistr.batch import Batch, Loading
+import torch
+
+from lanistr.batch import Batch
+from lanistr.config import OptimizerConfig
+from lanistr.data.loader import TrainLoader
 from lanistr.training import distributed
-from lanistr.training.engine import StepResult
-
-
-class DataWatch:
-    """Notices that training waits for data, and says what to do about it.
-
-    Args:
-        workers: of the loader.
-        clock: seconds.
-    """
-
-    STEPS = 10  # that must be slow; the first one, with all that starts up, does not count
-    SHARE = 0.1  # of the time
-    SILENCE = 1000  # steps until the next advice
-
-    def __init__(self, workers: int, clock: Callable[[], float] = time.perf_counter):
-        self.workers, self.clock = workers, clock
-        self.recent: deque[tuple[float, float, Sequence[Loading]]] = deque(maxlen=self.STEPS)
-        self.last: float | None = None
-        self.silent = 0
-
-    def note(self, waited: float, loadings: Sequence[Loading]) -> str | None:
-        """Note the end of a step that waited so long for its batches; returns advice if it is time for it."""
-        now = self.clock()
-        if self.last is not None:
-            self.recent.append((now - self.last, waited, loadings))
-        self.last = now
-        self.silent -= 1
-        seconds = sum(step for step, _, _ in self.recent)
-        share = sum(wait for _, wait, _ in self.recent) / seconds if seconds else 0.0
-        if len(self.recent) < self.STEPS or share < self.SHARE or self.silent > 0:
-            return None
-        self.silent = self.SILENCE
-        return self._advice(share)
-
-    def _advice(self, share: float) -> str:
-        every = [loading for _, _, loadings in self.recent for loading in loadings]
-        stages = {
-            "planning": sum(loading.plan_s for loading in every),
-            "reading and decoding": sum(loading.read_s for loading in every),
-            "collating": sum(loading.collate_s for loading in every),
-        }
-        parts = ", ".join(f"{1000 * seconds / len(self.recent):.0f} ms {name}" for name, seconds in stages.items())
-        busiest = max(stages, key=lambda name: stages[name])
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        more = max(2, 2 * self.workers)
-        advice = f"try data.workers={more} (now {self.workers}; {cores} cores)"
-        if self.workers >= cores and busiest == "reading and decoding":
-            advice = (
-                f"all {cores} cores already load (data.workers={self.workers}): store images at the model's size, or put "
-                "the shards on a faster disk"
-            )
-        return f"data is the bottleneck: {share:.0%} of the last {len(self.recent)} steps waited for it ({parts} per step); {advice}"
+from lanistr.training.data_watch import DataWatch
+from lanistr.training.engine import Engine, StepResult
+from lanistr.training.flops import Useful, measured_peak
+from lanistr.training.health import CollapseWatch, Health
 
 
 class Monitor:
-    """Collects the steps of an interval and reports them together.
+    """Collects the steps of an interval and reports them together. Every rank must call every method in every step.
+
+    An interval also ends at each checkpoint, so that the rows of a resumed run are those of one that never stopped.
 
     Args:
         run: run folder; ``metrics.jsonl`` is appended to, and cut back to ``start`` steps at a resume.
-        start: steps already done.
-        total: steps of the run.
-        every: steps per report.
-        modalities: bits to report presence of, by name.
-        workers: of the loader, for its advice.
+        engine, loader, config: of the run.
+        start, total: steps already done, and of the whole run.
+        useful: counts the useful operations, for the utilisation; None = not reported.
     """
 
-    def __init__(self, run: Path, start: int, total: int, every: int, modalities: dict[str, int], workers: int = 0):
-        self.data_watch = DataWatch(workers)
-        self.total, self.every, self.modalities = total, every, modalities
+    def __init__(
+        self,
+        run: Path,
+        engine: Engine,
+        loader: TrainLoader,
+        config: OptimizerConfig,
+        start: int,
+        total: int,
+        useful: Useful | None = None,
+    ):
+        self.engine, self.config, self.total, self.useful = engine, config, total, useful
+        manifest = loader.dataset.manifest
+        self.bits = {name: manifest.bit(name) for name in loader.dataset.modalities}
+        self.data_watch, self.health = DataWatch(loader.workers), Health(engine, config.health_every)
         self.path = run / "metrics.jsonl"
         self.active = distributed.rank() == 0
         self.file: TextIO | None = None
+        self.step, self.lr = start, 0.0
+        self.flops_per_token = self.peak = 0.0
         if self.active:
-            cut_back(self.path, start)
+            self.collapse_watch = CollapseWatch(cut_back(self.path, start))
             self.file = self.path.open("a", encoding="utf-8")
         self._reset()
 
     def _reset(self) -> None:
         self.results: list[StepResult] = []
         self.samples = self.tokens = 0
-        self.waited = 0.0
-        self.present = dict.fromkeys(self.modalities, 0)
+        self.waited = self.health_s = 0.0
+        self.figures: dict[str, float] = {}
+        self.present = dict.fromkeys(self.bits, 0)
         self.started = time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """Before step ``step`` (0-based)."""
+        self.health.begin(step)
+
+    @property
+    def before_update(self) -> Callable[[], None]:
+        """For `Engine.train_step`."""
+        return self.health.before_update
 
     def record(self, step: int, lr: float, result: StepResult, batches: Sequence[Batch], waited: float) -> None:
         """Note a step (0-based) that took ``waited`` seconds to get its data."""
-        if not self.active:
-            return
+        self.step, self.lr = step + 1, lr
         self.results.append(result)
         self.waited += waited
-        advice = self.data_watch.note(waited, [batch.loading for batch in batches])
-        if advice:
-            print(f"step {step + 1}/{self.total}  {advice}", file=sys.stderr, flush=True)
         for batch in batches:
             self.samples += batch.size
             self.tokens += len(batch.fusion.token_weight_T)
-            for name, bit in self.modalities.items():
+            for name, bit in self.bits.items():
                 self.present[name] += int((batch.presence_B & bit).bool().sum())
-        if (step + 1) % self.every == 0 or step + 1 == self.total:
-            self._report(step + 1, lr)
-            self._reset()
+        self._look(batches)
+        if self.active:
+            self._say(self.data_watch.note(waited, [batch.loading for batch in batches]))
+        if self.step % self.config.log_every == 0 or self.step % self.config.save_every == 0 or self.step == self.total:
+            self._report()
 
-    def _report(self, step: int, lr: float) -> None:
+    def _look(self, batches: Sequence[Batch]) -> None:
+        figures = self.health.end()
+        if not figures:
+            return
+        self.figures, seconds = figures, self.health.seconds
+        if self.active:
+            started = time.perf_counter()
+            if self.useful:
+                self.flops_per_token = self.useful.per_token(batches[0])
+            self._say(self.collapse_watch.note(self.step, figures))
+            seconds += time.perf_counter() - started
+        self.health_s += seconds
+
+    def _say(self, advice: str | None) -> None:
+        if advice:
+            print(f"step {self.step}/{self.total}  {advice}", file=sys.stderr, flush=True)
+
+    def _report(self) -> None:
         seconds = time.perf_counter() - self.started
-        world = distributed.world_size()
-        row: dict[str, Any] = {"step": step, "loss": _mean([r.loss for r in self.results])}
-        row |= {name: _mean([r.terms[name] for r in self.results]) for name in self.results[0].terms}
+        sums = distributed.all_reduce_sum([self.samples, self.tokens, *self.present.values()], self.engine.device)
+        most = distributed.all_reduce_max([self.waited, *peak_memory_mib(self.engine.device)], self.engine.device)
+        if self.active:
+            row = self._row(seconds, sums, most)
+            clean = {name: None if _is_bad(value) else value for name, value in row.items()}
+            assert self.file is not None
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+            print(console_line(clean, self.total, list(self.results[0].terms)), file=sys.stderr, flush=True)
+        self._reset()
+
+    def _row(self, seconds: float, sums: Sequence[float], most: Sequence[float]) -> dict[str, Any]:
+        samples, tokens, *present = sums
+        terms = {name: _mean([r.terms[name] for r in self.results]) for name in self.results[0].terms}
+        row: dict[str, Any] = {"step": self.step, "loss": _mean([r.loss for r in self.results]), **terms}
         row |= {
-            "lr": lr,
+            "lr": self.lr,
             "grad_norm": _mean([r.grad_norm for r in self.results]),
-            "samples_per_s": self.samples * world / seconds,
-            "tokens_per_s": self.tokens * world / seconds,
-            "data_wait": self.waited / seconds,
-            "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            **{f"present_{name}": n / max(1, self.samples) for name, n in self.present.items()},
+            "samples": int(samples),
+            "seconds": seconds,
+            "samples_per_s": samples / seconds,
+            "tokens_per_s": tokens / seconds,
+            "data_wait": most[0] / seconds,
+            "memory_mib": most[1],
+            **{f"present/{name}": n / max(1, samples) for name, n in zip(self.present, present, strict=True)},
         }
-        assert self.file is not None
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        terms = "  ".join(f"{n} {row[n]:.4f}" for n in self.results[0].terms if row[n] is not None)
-        print(
-            f"step {step}/{self.total}  loss {row['loss']:.4f}  {terms}  lr {lr:.2e}  "
-            f"{row['samples_per_s']:.1f} samples/s  {row['tokens_per_s']:.0f} tokens/s  data wait {row['data_wait']:.1%}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if self.engine.device.type == "cuda":
+            row["gpu_memory_mib"] = most[2]
+        if self.flops_per_token:
+            row["useful_tflops"] = self.flops_per_token * row["tokens_per_s"] / distributed.world_size() / 1e12
+            row["utilisation"] = row["useful_tflops"] / self._peak_tflops()
+        if self.figures:
+            row |= {**self.figures, "health_cost": self.health_s / seconds}
+        return row
+
+    def _peak_tflops(self) -> float:
+        if not self.peak:
+            dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+            self.peak = self.config.peak_tflops or measured_peak(self.engine.device, dtype) / 1e12
+        return self.peak
 
     def close(self) -> None:
-        """Close the file."""
+        """Report what is left of the last interval, and close the file."""
+        if self.results:
+            self._report()
         if self.file:
             self.file.close()
+
+
+def console_line(row: dict[str, Any], total: int, terms: Sequence[str]) -> str:
+    """A row of ``metrics.jsonl`` in one line; details stay in the file."""
+    parts = [f"step {row['step']}/{total}  loss {'-' if row['loss'] is None else format(row['loss'], '.4f')}"]
+    parts += [f"{name} {row[name]:.4f}" for name in terms if row[name] is not None]
+    parts += [f"lr {row['lr']:.2e}", f"{row['samples_per_s']:.1f} samples/s", f"{row['tokens_per_s']:.0f} tokens/s"]
+    parts.append(f"data wait {row['data_wait']:.1%}")
+    if "utilisation" in row:
+        parts.append(f"useful {row['utilisation']:.0%} of peak")
+    parts.append(f"{row.get('gpu_memory_mib', row['memory_mib']) / 1024:.2f} GiB")
+    if "rank/fused" in row:
+        parts.append(
+            f"rank {row['rank/fused']:.1f} of {row['health_samples']:.0f} samples, spread {row['spread/fused']:.0%}"
+        )
+    norms = [f"{k.partition('/')[2]} {_short(v)}" for k, v in row.items() if k.startswith("grad_norm/")]
+    if norms:
+        parts.append(f"gradient {' '.join(norms)}")
+    return "  ".join(parts)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _is_bad(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def peak_memory_mib(device: torch.device) -> tuple[float, float]:
+    """Largest memory of this process so far (VmHWM), and of PyTorch's on the GPU."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    host = next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0.0)
+    gpu = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+    return host, gpu
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -151,10 +201,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def cut_back(path: Path, steps: int) -> None:
-    """Drop the rows after ``steps`` (they are about to be repeated), and a half-written last line."""
+def cut_back(path: Path, steps: int) -> list[dict[str, Any]]:
+    """Drop the rows after ``steps`` (they are about to be repeated), and a half-written last line; returns the rest."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -162,7 +212,8 @@ def cut_back(path: Path, steps: int) -> None:
         except json.JSONDecodeError:
             break
         if row["step"] <= steps:
-            kept.append(line + "\n")
+            kept.append(row)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)
+    return kept

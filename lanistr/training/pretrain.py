@@ -16,6 +16,7 @@ from lanistr.tasks import Pretrain
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.flops import Useful
 from lanistr.training.loop import total_steps, train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.validation import Validator
@@ -74,6 +75,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         begin=validator.begin if validator else None,
         after_step=validator.after_step if validator else None,
         score=validator.score if validator else None,
+        useful=Useful(recipe, manifest.modalities),
     )
     if distributed.rank() == 0:
         (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")

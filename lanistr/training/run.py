@@ -27,7 +27,7 @@ MAY_CHANGE = {
     "model": {"attention", "compile", "checkpoint_activations"},
     "task": {
         "micro_batch", "save_every", "log_every", "keep", "keep_best", "keep_hours", "eval_every", "eval_samples",
-        "on_nonfinite", "check_every", "hang_after", "patience",
+        "on_nonfinite", "check_every", "hang_after", "patience", "health_every", "peak_tflops",
     },
 }  # fmt: skip
 TOKENIZER = "tokenizer.json"

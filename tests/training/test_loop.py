@@ -23,7 +23,7 @@ class ReportingEngine:
         self.device, self.module = torch.device("cpu"), torch.nn.Linear(1, 1)
         self.bad, self.seen = bad, []
 
-    def train_step(self, micro_batches: list[Any], lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Any], lr: float, before_update: Any) -> StepResult:
         self.seen.append([key for batch in micro_batches for key in batch.keys])
         loss = float("nan") if len(self.seen) == self.bad + 1 else 1.0
         return StepResult({"mlm": loss}, loss, 1.0)
@@ -43,7 +43,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path:
         grouping="mixed",
     )
     engine = ReportingEngine(bad=2)
-    config = OptimizerConfig(global_batch=8, max_steps=4, save_every=100, log_every=1)
+    config = OptimizerConfig(global_batch=8, max_steps=4, save_every=100, log_every=1, health_every=None)
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(ValueError, match=r"step 3: loss nan.*on_nonfinite=skip"):

@@ -186,3 +186,21 @@ def test_gradient_norms_are_the_same_on_every_stage_and_number_of_ranks(thin: Ma
     norms = {str(c): [row["norm"] for row in thin.rows[c]] for c in same}
     first = next(iter(norms.values()))
     assert all(norm == pytest.approx(first, rel=1e-4) for norm in norms.values()), norms
+
+
+def test_gradient_norms_of_the_parts_make_up_the_norm_of_the_whole(thin: Matrix) -> None:
+    for case in THIN:
+        for row in thin.rows[case]:
+            parts = {name: norm for name, norm in row["figures"].items() if name.startswith("grad_norm/")}
+            assert parts.keys() == {f"grad_norm/{name}" for name in (*NAMES, "fusion", "heads")}
+            rel = 1e-4 if case.precision == "float32" else 1e-2
+            assert sum(norm**2 for norm in parts.values()) ** 0.5 == pytest.approx(row["norm"], rel=rel), case
+
+
+def test_health_is_the_same_on_every_stage_number_of_ranks_and_accumulation(thin: Matrix) -> None:
+    same = [c for c in THIN if c.data == "varied" and c.precision == "float32"]
+    first = [row["figures"] for row in thin.rows[same[0]]]
+    assert {"rank/fused", "spread/image", "std/cls", "mmm_share/text", "mmm/tabular"} <= first[0].keys()
+    for case in same[1:]:
+        for row, expected in zip(thin.rows[case], first, strict=True):
+            assert row["figures"] == pytest.approx(expected, rel=2e-3, abs=1e-6), case

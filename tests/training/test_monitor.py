@@ -13,9 +13,9 @@ from lanistr.config import OptimizerConfig
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import Fetched
+from lanistr.training.data_watch import DataWatch
 from lanistr.training.engine import StepResult
 from lanistr.training.loop import train
-from lanistr.training.monitor import DataWatch
 from lanistr.training.shards import Shards
 from tests.model.support import NAMES, make_modalities
 from tests.tiny_gold import write_gold
@@ -29,7 +29,7 @@ class Engine:
     layout: ClassVar = {"ranks": 1}
     updates = 0
 
-    def train_step(self, micro_batches: Any, lr: float) -> StepResult:
+    def train_step(self, micro_batches: Any, lr: float, before_update: Any) -> StepResult:
         time.sleep(0.02)
         return StepResult({"mlm": 1.0}, 1.0, 1.0)
 
@@ -64,7 +64,7 @@ def test_a_loader_made_slow_on_purpose_shows_up_within_20_steps_with_advice(
         dataset, Collator(modalities, views=1, seed=0), global_batch=2, micro_batch=None, ranks=1, rank=0, seed=0,
         grouping="mixed",
     )  # fmt: skip
-    config = OptimizerConfig(global_batch=2, epochs=1, max_steps=20, log_every=20)
+    config = OptimizerConfig(global_batch=2, epochs=1, max_steps=20, log_every=20, health_every=None)
     (tmp_path / "run").mkdir()
     train(Engine(), loader, config, tmp_path / "run", resuming=False)  # type: ignore[arg-type]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "bottleneck" in line]

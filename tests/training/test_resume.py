@@ -54,7 +54,8 @@ def arguments(launcher: str, recipe: Path, gold: Path, run: Path, *more: str) ->
 
 
 def rows(run: Path) -> list[dict]:
-    timing = {"samples_per_s", "tokens_per_s", "data_wait", "memory_mib"}
+    timing = {"samples_per_s", "tokens_per_s", "data_wait", "memory_mib", "seconds"}
+    timing |= {"useful_tflops", "utilisation", "health_cost"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
@@ -77,6 +78,7 @@ def test_killed_and_resumed_equals_never_stopped_bitwise(recipe: Path, gold: Pat
     finish(launch(2, arguments("pretrain", recipe, gold, broken, "--resume", "auto")))
 
     assert rows(broken) == rows(whole)
+    assert all(row["samples"] == 8 for row in rows(whole)), "of both ranks"
     validated = [(run / "validation.jsonl").read_text() for run in (whole, broken)]
     assert validated[0] == validated[1]
     assert [json.loads(line)["step"] for line in validated[0].splitlines()] == [0, 4, 8, 12, STEPS]

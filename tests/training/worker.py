@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
-from lanistr.training import distributed
+from lanistr.training import distributed, health
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
 from lanistr.training.guard import check_agreement
@@ -59,10 +59,12 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
     )
     filled = fill_config(ds_config(case), "tiny", config, world)
     engine = Engine(make_pretrain(modalities), filled, device, config.weight_decay)
-    rows = []
+    rows, monitor = [], health.Health(engine, every=1)
     for step, batches in enumerate(loader.steps(0, case["steps"])):
         lr = lr_at(step, case["steps"], config.lr, config.warmup, config.final_lr)
-        result = engine.train_step(batches, lr)
+        monitor.begin(step)
+        result = engine.train_step(batches, lr, monitor.before_update)
+        figures = monitor.end()
         absent = [[n for n in modalities if all(b.counts[modalities[n].term] == 0 for b in batches)]]
         everyone = distributed.gather_objects(absent[0])
         check_agreement(engine.module, step)
@@ -71,6 +73,7 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
                 "loss": result.loss,
                 "terms": result.terms,
                 "norm": result.grad_norm,
+                "figures": figures,
                 "skipped": result.skipped,
                 "absent": everyone,
             }
@@ -81,6 +84,7 @@ def run_case(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     device = start(threads=1)
+    health.FEWEST = 2  # the batches of these cases are small
     for case in cases:
         rows = run_case(case, device)
         if distributed.rank() == 0:
