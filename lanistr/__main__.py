@@ -1,4 +1,4 @@
-"""``python -m lanistr describe | export | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
+"""``python -m lanistr describe | export | plot | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
 
 import argparse
 import sys
@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--truth", type=Path, help="truth.json of the demo data")
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
+    plot = commands.add_parser("plot", help="loss, throughput and health curves of runs: PNG files and one HTML page")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, required=True, help="folder")
+    plot.set_defaults(run=_plot)
     add_compare(commands)
     add_ablate(commands)
     add_tune(commands)
@@ -75,6 +79,12 @@ def _export(arguments: argparse.Namespace) -> str:
 
     out = export_run(arguments.source, arguments.out, arguments.data)
     return f"{out}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir()))
+
+
+def _plot(arguments: argparse.Namespace) -> str:
+    from lanistr.plot import plot
+
+    return plot(arguments.runs, arguments.out)
 
 
 def _report(arguments: argparse.Namespace) -> str:

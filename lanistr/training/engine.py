@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,7 +147,12 @@ class Engine:
         self._engine._copy_recovery_script = lambda save_path: None  # our weights are whole without a script
         if self.stage == 0:
             self._engine._config.gradient_clipping = 0.0  # ours to do: DeepSpeed's fails where a step has no gradient
+        self._engine.monitor.enabled = False  # DeepSpeed's own figures are of one rank, and its loss is a scaled one
         self._describe()
+
+    def track(self, step: int, figures: Mapping[str, float]) -> None:
+        """Send figures to the trackers that the configuration enables (rank 0)."""
+        self._engine.monitor.write_events([(name, value, step) for name, value in figures.items()])
 
     def _describe(self) -> None:
         """One line in the log that says what runs where."""

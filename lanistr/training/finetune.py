@@ -1,6 +1,5 @@
 """Fine-tuning on a number of labels, from a pretraining run or from scratch."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
 from lanistr.training.loop import train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
+from lanistr.training.summary import write_summary
+from lanistr.training.tracking import fill_trackers
 from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def finetune(
     joined = distributed.is_joined()
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world)
+    fill_trackers(filled, ds_config, run)
     task = make_task(recipe, manifest, device.type, config.precision)
     report = transfer(task, source, modalities, config.transfer == "encoders") if source else None
     if report and rank == 0:
@@ -87,8 +89,7 @@ def finetune(
         score=keeper.score,
     )
     if rank == 0:
-        summary = {"task": "finetune", "steps": steps, "metric": keeper.metric, "best": keeper.best}
-        (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        write_summary(run, {"task": "finetune", "steps": steps, "metric": keeper.metric, "best": keeper.best})
     if not joined:
         distributed.shutdown()
 

@@ -120,6 +120,9 @@ class Monitor:
             assert self.file is not None
             self.file.write(json.dumps(clean) + "\n")
             self.file.flush()
+            self.engine.track(
+                self.step, {name: value for name, value in clean.items() if name != "step" and value is not None}
+            )
             print(console_line(clean, self.total, list(self.results[0].terms)), file=sys.stderr, flush=True)
         self._reset()
 

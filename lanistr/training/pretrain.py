@@ -1,6 +1,5 @@
 """Pretraining: a recipe, a dataset and a ZeRO configuration become a run."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ from lanistr.training.engine import Engine, start
 from lanistr.training.flops import Useful
 from lanistr.training.loop import total_steps, train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
+from lanistr.training.summary import best_validation, write_summary
+from lanistr.training.tracking import fill_trackers
 from lanistr.training.validation import Validator
 
 
@@ -57,6 +58,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     joined = distributed.is_joined()
     device = start()
     filled = fill_config(ds_config, recipe.name, config, world)
+    fill_trackers(filled, ds_config, run)
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
     task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
@@ -78,7 +80,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         useful=Useful(recipe, manifest.modalities),
     )
     if distributed.rank() == 0:
-        (run / "summary.json").write_text(json.dumps({"task": "pretrain", "steps": steps}), encoding="utf-8")
+        write_summary(run, {"task": "pretrain", "steps": steps, "best": best_validation(run, engine.weights)})
     if not joined:
         distributed.shutdown()
 

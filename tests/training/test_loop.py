@@ -23,6 +23,8 @@ class ReportingEngine:
         self.device, self.module = torch.device("cpu"), torch.nn.Linear(1, 1)
         self.bad, self.seen = bad, []
 
+    def track(self, step: int, figures: Any) -> None: ...
+
     def train_step(self, micro_batches: list[Any], lr: float, before_update: Any) -> StepResult:
         self.seen.append([key for batch in micro_batches for key in batch.keys])
         loss = float("nan") if len(self.seen) == self.bad + 1 else 1.0

@@ -29,6 +29,8 @@ class Engine:
     layout: ClassVar = {"ranks": 1}
     updates = 0
 
+    def track(self, step: int, figures: Any) -> None: ...
+
     def train_step(self, micro_batches: Any, lr: float, before_update: Any) -> StepResult:
         time.sleep(0.02)
         return StepResult({"mlm": 1.0}, 1.0, 1.0)
