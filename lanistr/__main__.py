@@ -1,7 +1,9 @@
-"""``python -m lanistr describe | export | plot | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
+"""``python -m lanistr describe | plan | export | plot | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 from lanistr.comparison.command import add_ablate, add_compare
@@ -36,6 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--truth", type=Path, help="truth.json of the demo data")
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
+    plan = commands.add_parser("plan", help="memory per GPU under a recipe, and the largest micro-batch that fits")
+    plan.add_argument("--recipe", default="demo", help="name or path")
+    plan.add_argument("--data", help="gold dataset whose vocabulary and columns count (default: the paper's)")
+    plan.add_argument("--gpus", type=int, required=True)
+    plan.add_argument("--gpu-memory", type=float, required=True, help="GiB of each")
+    plan.add_argument("--stage", type=int, choices=[0, 1, 2], default=2, help="of ZeRO, as the shipped ds_configs")
+    plan.add_argument("--offload", action="store_true", help="optimizer states in the memory of the host")
+    plan.add_argument("--deepspeed", type=Path, help="ZeRO configuration instead of --stage and --offload")
+    plan.add_argument("--checkpoint-activations", action="store_true", help="model.checkpoint_activations=true")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.set_defaults(run=_plan)
     plot = commands.add_parser("plot", help="loss, throughput and health curves of runs: PNG files and one HTML page")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, required=True, help="folder")
@@ -79,6 +92,25 @@ def _export(arguments: argparse.Namespace) -> str:
 
     out = export_run(arguments.source, arguments.out, arguments.data)
     return f"{out}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir()))
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    # Hugging Face announces the next name of its checkpointing switch.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from lanistr.config import load_recipe
+
+    extra = ["model.checkpoint_activations=true"] if arguments.checkpoint_activations else []
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *extra])
+
+    from lanistr.manifest import Manifest
+    from lanistr.plan import plan, read_zero
+
+    zero = read_zero(arguments.deepspeed, arguments.stage)
+    if arguments.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    manifest = Manifest.load(arguments.data) if arguments.data else None
+    return plan(recipe, zero, arguments.gpus, arguments.gpu_memory, manifest)
 
 
 def _plot(arguments: argparse.Namespace) -> str:

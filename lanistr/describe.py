@@ -25,7 +25,7 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
         recipe: sizes; ``pretrained`` names are not loaded: the sizes written in the recipe count.
         manifest: a dataset's vocabulary and columns; None = the paper's.
     """
-    task, modalities = meta_pretrain(recipe, _schemas(recipe, manifest))
+    task, modalities = meta_pretrain(recipe, schemas_of(recipe, manifest))
     model = task.model
     parts: dict[str, int] = {}
     for name, modality in modalities.items():
@@ -60,7 +60,7 @@ def count_work(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, Wo
         recipe: sizes.
         manifest: a dataset's schema; None = the paper's.
     """
-    task, modalities = meta_pretrain(recipe, _schemas(recipe, manifest))
+    task, modalities = meta_pretrain(recipe, schemas_of(recipe, manifest))
     contents = {name: modality.example() for name, modality in modalities.items()}
     sample = Sample(key="example", presence=0, label=-1, contents=contents)
     batch = to_device(Collator(modalities, views=2, seed=0)([sample], [1.0], epoch=0), "meta")
@@ -96,7 +96,7 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _schemas(recipe: Recipe, manifest: Manifest | None) -> dict[str, ModalitySchema]:
+def schemas_of(recipe: Recipe, manifest: Manifest | None) -> dict[str, ModalitySchema]:
     """A dataset's, or the paper's."""
     if manifest:
         return manifest.modalities

@@ -36,7 +36,7 @@ def meta_pretrain(
         if name in schemas
     }
     fusion = recipe.model.fusion.model_copy(update={"pretrained": None})
-    off = {"fusion": fusion, "checkpoint_activations": False, "compile": False}
+    off = {"fusion": fusion, "compile": False}
     with torch.device("meta"):
         model = Lanistr(recipe.model.model_copy(update=off), modalities, backend="sdpa_bucketed")
         task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0)
