@@ -35,6 +35,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def label_count(text: str) -> int | None:
+    """``all`` or a positive number."""
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a positive number or all")
+    return int(text)
+
+
 def main(run: Callable[[], None]) -> int:
     """Run; a user's mistake is one line on rank 0 and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -40,20 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def label_count(text: str) -> int | None:
-    """``all`` or a positive number."""
-    if text == "all":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a positive number or all")
-    return int(text)
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     made = common.parser("Fine-tune LANISTR for what the dataset's target is.")
     made.add_argument("--from", dest="source", required=True, help="pretraining run, or none = from scratch")
-    made.add_argument("--labels", type=label_count, default=None, help="labelled samples: a number or all (default)")
+    made.add_argument(
+        "--labels", type=common.label_count, default=None, help="labelled samples: a number or all (default)"
+    )
     made.add_argument("--seed", type=int, help="of the draw of labels, the new parameters and the order")
     made.add_argument(
         "--freeze", metavar="PARTS", help="encoders, none, or for example text,fusion (default: the recipe's)"

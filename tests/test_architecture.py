@@ -23,6 +23,7 @@ LAYERS = [
     "losses",
     "tasks",
     "training",
+    "describe",
     "evaluation",
 ]
 

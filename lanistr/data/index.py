@@ -82,16 +82,11 @@ class SplitIndex:
             self._rows -= self.shards[oldest].n
         return loaded
 
-    def _load(self, shard: Shard) -> ShardIndex:
-        names = [f"{field}/{m}" for m in self.members for field in ("offset", "size", "crc32")]
-        columns = [
-            "key",
-            "presence",
-            "label",
-            *(["target"] if self.targets else []),
-            *(f"length/{name}" for name in self.modalities),
-            *names,
-        ]
+    def column(self, shard: int, name: str) -> np.ndarray:
+        """One column of a shard's index. Raises ValueError as ``[]`` does."""
+        return self._read(self.shards[shard], [name])[name].to_numpy()
+
+    def _read(self, shard: Shard, columns: list[str]) -> pa.Table:
         try:
             blob = self.store.open(shard.index, None, shard.index_sha256)
             try:
@@ -107,6 +102,19 @@ class SplitIndex:
             raise ValueError(
                 f"index {shard.index} is missing, unreadable or stale: {error}; rebuild the dataset"
             ) from None
+        return table
+
+    def _load(self, shard: Shard) -> ShardIndex:
+        names = [f"{field}/{m}" for m in self.members for field in ("offset", "size", "crc32")]
+        columns = [
+            "key",
+            "presence",
+            "label",
+            *(["target"] if self.targets else []),
+            *(f"length/{name}" for name in self.modalities),
+            *names,
+        ]
+        table = self._read(shard, columns)
         array = {name: table[name].to_numpy() for name in columns if name not in ("key", "target")}
         presence_N = array["presence"].astype(np.int64) & sum(self.bits.values())
         places_NM3 = np.stack([array[name].astype(np.int64) for name in names], axis=1).reshape(shard.n, -1, 3)

@@ -22,6 +22,7 @@ from lanistr.modalities.base import Modality
 
 logger = logging.getLogger(__name__)
 Crc = Literal["first", "always", "never"]
+CACHED = ("keys", "presence", "label", "target", "group")  # not sent to worker processes
 OPEN_FILES = 256
 GAP = 1023  # a header and padding: neighbours in the tar come in one read, and nothing else comes with them
 TRIES = 8  # replacements tried for one bad sample
@@ -69,9 +70,7 @@ class GoldDataset:
         self._where = [f"{path}/{shard.path}" for shard in self.shards]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            name: value for name, value in self.__dict__.items() if name not in ("keys", "presence", "label", "target")
-        }
+        state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         return {**state, "_blobs": OrderedDict(), "_verified": {}}
 
     @property
@@ -107,6 +106,11 @@ class GoldDataset:
     def target(self) -> np.ndarray:
         """(n, L) float32 numbers, NaN = unknown; L is 0 where the target is a class: loads the whole index."""
         return np.concatenate([part.target_NL for part in self._parts()])
+
+    @cached_property
+    def group(self) -> np.ndarray:
+        """(n,) hash of what a sample belongs to (a patient, a reviewer): loads the whole index."""
+        return np.concatenate([self.index.column(shard, "group_hash") for shard in range(len(self.shards))])
 
     def facts_of(self, positions: np.ndarray) -> Facts:
         """For the plan of a subset: loads the whole index."""

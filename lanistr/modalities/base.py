@@ -152,6 +152,13 @@ class Modality(ABC, Generic[ContentT, InputT]):
                 found.append(error)
         return found
 
+    def cells(self, content: ContentT) -> Mapping[str, float | int]:
+        """The parts of a content that have names and are worth looking at one by one (the columns of a table).
+
+        Numbers are floats, NaN = missing; categories are ids, 0 = missing. By default there are none.
+        """
+        return {}
+
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """Tokens that samples of these lengths in the index (each at least 1) give to fusion: what they cost."""
         return lengths_N

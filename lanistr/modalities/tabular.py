@@ -148,6 +148,15 @@ class TabularModality(Modality[Row, TabularInput]):
             raise ValueError(f"tab.npy: category ids {ids}, cardinalities {limits}")
         return list(map(Row, numbers_nR.astype(np.float32, copy=False), ids_nC, observed_nK))
 
+    def cells(self, content: Row) -> Mapping[str, float | int]:
+        """The columns; numbers standardised."""
+        numbers = np.where(content.observed_K[: len(self.mean)], content.numeric_R, np.nan)
+        found: dict[str, float | int] = {
+            c.name: float(value) for c, value in zip(self.spec.numeric, numbers, strict=True)
+        }
+        ids = {c.name: int(i) for c, i in zip(self.spec.categorical, content.categories_C, strict=True)}
+        return found | ids
+
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
         """One per decision step."""
         return np.full_like(lengths_N, self.config.steps)

@@ -1,0 +1,410 @@
+"""Which modalities are worth having, before anything is fine-tuned: probes on embeddings, subset by subset.
+
+Shape suffixes: N samples (the labelled ones first, then unlabelled ones that only shape the features), F features.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from lanistr.config import Recipe, load_recipe
+from lanistr.data.reader import GoldDataset, load_manifest, open_split
+from lanistr.data.samples import intact, read_samples
+from lanistr.describe import count_work
+from lanistr.evaluation.embed import embed
+from lanistr.evaluation.probe import FOLDS, Case, Probe, Truth, bootstrap, linear_kernel
+from lanistr.evaluation.shapley import interactions, shapley_values, subsets
+from lanistr.modalities import make_modalities
+from lanistr.training.finetune import make_task
+from lanistr.training.run import read_run
+from lanistr.training.transfer import pretrained_weights, transfer
+
+logger = logging.getLogger(__name__)
+MOST_LABELS = 2000  # kernels are (labels, labels): more take minutes per subset
+MOST_PLAYERS = 8  # 255 subsets
+SHAPING = 2000  # samples in all that shape the features
+BINS, MOST_CATEGORIES = 10, 50
+DRAWN = 500  # samples per draw of the bootstrap
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the probe sees.
+
+    Attributes:
+        features: per modality (N, F), anything where it is absent.
+        present: per modality (N,) bool.
+        cells: per modality with named parts, per name (N, F) one-hot.
+        fused: (N, F) embedding of all that is there.
+        truth: of the labelled samples, the first of the N.
+        classes: whether the target is one class.
+    """
+
+    features: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+    cells: dict[str, dict[str, np.ndarray]]
+    fused: np.ndarray
+    truth: Truth
+    classes: bool
+
+
+def importance(run: Path, data: Path, labels: int | None, seed: int, draws: int) -> dict[str, Any]:
+    """Measure a pretraining run's modalities on a number of labelled samples of the train split.
+
+    Args:
+        run: of pretraining (or fine-tuning).
+        data: gold dataset.
+        labels: how many; None = all.
+        seed: of the draw of labels, the folds and the bootstrap.
+        draws: of the bootstrap, at least 2.
+
+    Returns:
+        See `measure`; with ``cost`` per modality and ``about``.
+
+    Raises:
+        ValueError: no run, no labels, fewer than asked for, more than `MOST_LABELS`, or too few to divide.
+    """
+    read_run(run)
+    pretrained_weights(run)
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    manifest = load_manifest(data, recipe.data)
+    if not manifest.labels:
+        raise ValueError(f"{data}: dataset {manifest.name} has no labels")
+    dataset = open_split(data, "train", make_modalities(manifest, recipe.model.modalities), recipe.data)
+    labelled = dataset.labelled(labels, seed)
+    _check(dataset, labelled)
+    material = gather(run, recipe, dataset, labelled, seed)
+    found = measure(material, draws, seed)
+    found["cost"] = cost(recipe, dataset)
+    found["about"] = {
+        "run": run.name,
+        "dataset": manifest.name,
+        "content_id": manifest.content_id,
+        "target": manifest.target,
+        "labels": len(labelled),
+        "seed": seed,
+        "draws": draws,
+    }
+    return found
+
+
+def _check(dataset: GoldDataset, labelled: np.ndarray) -> None:
+    if len(labelled) > MOST_LABELS:
+        raise ValueError(f"{len(labelled)} labels: the probe takes at most {MOST_LABELS}; give --labels {MOST_LABELS}")
+    groups = len(np.unique(dataset.group[labelled]))
+    if groups < 4 * FOLDS:
+        raise ValueError(f"{len(labelled)} labels of {groups} groups: at least {4 * FOLDS} groups are needed")
+    if not 2 <= len(dataset.modalities) <= MOST_PLAYERS:
+        raise ValueError(f"{len(dataset.modalities)} modalities: 2 to {MOST_PLAYERS} can be compared")
+
+
+def gather(run: Path, recipe: Recipe, dataset: GoldDataset, labelled: np.ndarray, seed: int) -> Material:
+    """Embed the labelled samples, and unlabelled ones up to `SHAPING` in all."""
+    others = np.setdiff1d(np.arange(dataset.n), labelled)
+    rng = np.random.default_rng([seed, 2])
+    more = np.sort(rng.permutation(others)[: max(0, SHAPING - len(labelled))])
+    positions = np.concatenate([labelled, more])
+    task = make_task(recipe, dataset.manifest, "cpu")
+    transfer(task, run, dataset.modalities)
+    logger.info("embedding %d samples, %d of them labelled", len(positions), len(labelled))
+    found = embed(task.model, dataset, positions)
+    return Material(
+        features=found.modalities,
+        present=found.present,
+        cells=read_cells(dataset, positions),
+        fused=found.fused_ND,
+        truth=make_truth(dataset, labelled),
+        classes=dataset.manifest.target == "class",
+    )
+
+
+def make_truth(dataset: GoldDataset, labelled: np.ndarray) -> Truth:
+    """Of labelled samples; numbers standardised over them."""
+    groups_N = dataset.group[labelled]
+    if dataset.manifest.target == "class":
+        label_N = dataset.label[labelled]
+        values_NL = np.eye(len(dataset.manifest.labels))[label_N]
+        return Truth(values_NL, np.ones_like(values_NL, dtype=bool), groups_N, label_N)
+    values_NL = dataset.target[labelled].astype(np.float64)
+    known_NL = np.isfinite(values_NL)
+    if dataset.manifest.target == "regression":
+        deviation_L = np.nan_to_num(np.nanstd(values_NL, axis=0))
+        values_NL = (values_NL - np.nanmean(values_NL, axis=0)) / np.where(deviation_L > 0, deviation_L, 1)
+    values_NL = np.nan_to_num(values_NL)
+    edges = np.quantile(values_NL[:, 0], np.linspace(0, 1, FOLDS + 1)[1:-1])
+    return Truth(values_NL, known_NL, groups_N, np.digitize(values_NL[:, 0], edges))
+
+
+def read_cells(dataset: GoldDataset, positions: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Per modality whose contents have named parts, each part one-hot: deciles of numbers, the most frequent categories."""
+    found = {}
+    for name, modality in dataset.modalities.items():
+        if not modality.cells(modality.example()) or modality.items > 1:
+            continue
+        own = GoldDataset(dataset.path, dataset.split, {name: modality}, store=dataset.store)
+        rows = [
+            modality.cells(sample.contents[name]) if name in sample.contents else {}
+            for sample in intact(read_samples(own, positions.tolist()))
+        ]
+        columns = modality.cells(modality.example())
+        found[name] = {c: _one_hot([row.get(c) for row in rows], isinstance(columns[c], int)) for c in columns}
+    return found
+
+
+def _one_hot(cells: Sequence[float | int | None], categories: bool) -> np.ndarray:
+    """(N, bins); a missing cell has a bin of its own, which the last one is."""
+    if categories:
+        ids_N = np.array([0 if cell is None else cell for cell in cells])
+        values, counts = np.unique(ids_N[ids_N > 0], return_counts=True)
+        kept = np.sort(values[np.argsort(-counts, kind="stable")[:MOST_CATEGORIES]])
+        bin_N = np.where(ids_N == 0, len(kept) + 1, np.searchsorted(kept, ids_N))
+        rare_N = (ids_N > 0) & ~np.isin(ids_N, kept)
+        return np.eye(len(kept) + 2)[np.where(rare_N, len(kept), bin_N)]
+    numbers_N = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
+    known_N = np.isfinite(numbers_N)
+    if not known_N.any():
+        return np.zeros((len(cells), 1))
+    edges = np.unique(np.quantile(numbers_N[known_N], np.linspace(0, 1, BINS + 1)[1:-1]))
+    return np.eye(len(edges) + 2)[np.where(known_N, np.searchsorted(edges, numbers_N), len(edges) + 1)]
+
+
+@dataclass(frozen=True)
+class Game:
+    """Which subsets are asked about.
+
+    Attributes:
+        players: the modalities.
+        sources: atoms per source, see `Probe`. ``m/c`` is column c of modality m; ``m/`` all its columns; ``m-c`` all but c.
+    """
+
+    players: list[str]
+    columns: list[tuple[str, str]]
+    sources: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, material: Material) -> "Game":
+        """All modalities, and the columns of those that have some."""
+        players = list(material.features)
+        sources = {m: [m, *(f"{m}/{c}" for c in material.cells.get(m, {}))] for m in players}
+        sources["fused"] = ["fused"]
+        columns = [(m, c) for m, cells in material.cells.items() for c in cells]
+        for m, cells in material.cells.items():
+            sources[f"{m}/"] = [f"{m}/{c}" for c in cells]
+            sources |= {f"{m}/{c}": [f"{m}/{c}"] for c in cells}
+            if len(cells) > 1:
+                sources |= {f"{m}-{c}": [f"{m}/{o}" for o in cells if o != c] for c in cells}
+        return cls(players, columns, sources)
+
+    def others(self, modality: str) -> tuple[str, ...]:
+        """The players but one."""
+        return tuple(p for p in self.players if p != modality)
+
+    def without(self, modality: str, column: str) -> Case:
+        """Everything but one column, which must not come back through the modality's embedding."""
+        rest = (f"{modality}-{column}",) if f"{modality}-{column}" in self.sources else ()
+        return (*self.others(modality), *rest)
+
+    def cases(self) -> list[Case]:
+        """All that has to be fitted."""
+        found: list[Case] = [*subsets(self.players), ("fused",)]
+        for modality, column in self.columns:
+            found += [(*self.others(modality), f"{modality}/"), self.without(modality, column)]
+            found += [(f"{modality}/{column}",), *((p, f"{modality}/{column}") for p in self.others(modality))]
+        return list(dict.fromkeys(found))
+
+    def bank(self, material: Material) -> dict[str, np.ndarray]:
+        """Kernels of all atoms among the labelled samples."""
+        use_N = np.arange(len(material.truth.groups_N))
+        everyone_N = np.ones(len(material.fused), dtype=bool)
+        found = {m: linear_kernel(material.features[m], material.present[m], use_N, True) for m in self.players}
+        found["fused"] = linear_kernel(material.fused, everyone_N, use_N, True)
+        for m, c in self.columns:
+            found[f"{m}/{c}"] = linear_kernel(material.cells[m][c], material.present[m], use_N, False)
+        return found
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values of cases, and the same in every draw of the bootstrap.
+
+    Attributes:
+        factor: by which deviations of the draws are multiplied, see `bootstrap`.
+    """
+
+    value: Mapping[Case, float]
+    draws: Mapping[Case, np.ndarray]
+    factor: float
+
+    def figure(self, value: float, drawn: np.ndarray, z: float = Z95) -> dict[str, Any]:
+        """A number with its interval: normal, with the deviation of the draws."""
+        half = z * float(np.std(drawn, ddof=1)) * self.factor
+        return {"value": float(value), "ci95": [float(value) - half, float(value) + half]}
+
+    def difference(self, plus: Sequence[Case], minus: Sequence[Case], z: float = Z95) -> dict[str, Any]:
+        """Sum of the values of some cases less that of others; the empty case is worth nothing."""
+        value = sum(self.value[c] for c in plus if c) - sum(self.value[c] for c in minus if c)
+        drawn = np.sum([self.draws[c] for c in plus if c], axis=0) - np.sum([self.draws[c] for c in minus if c], axis=0)
+        return self.figure(value, drawn, z)
+
+
+def measure(material: Material, draws: int, seed: int) -> dict[str, Any]:
+    """Values of all subsets, Shapley values, pairs, columns, the learning curve, and what to do about it.
+
+    A value is the share of held-out variance explained (of classes: the Brier skill score).
+    """
+    game = Game.of(material)
+    cases = game.cases()
+    probe = Probe(game.bank(material), game.sources, cases, material.truth)
+    n = len(material.truth.groups_N)
+    repeats = int(np.clip(round(1000 / n), 1, 5))
+    logger.info("probing %d subsets, %d x %d folds", len(cases), repeats, FOLDS)
+    scores = probe.score(repeats, seed)
+    logger.info("drawing the labelled samples anew, %d times", draws)
+    drawn, factor = bootstrap(probe, scores.usual(), draws=draws, most=DRAWN, seed=seed)
+    values = Values({case: scores.value(case) for case in cases}, drawn, factor)
+    found: dict[str, Any] = {
+        "repeats": repeats,
+        "folds": FOLDS,
+        "subsets": [
+            {
+                "modalities": list(case),
+                **values.difference([case], []),
+                "accuracy": scores.accuracy(case) if material.classes else None,
+            }
+            for case in subsets(game.players)
+        ],
+        "fused": values.difference([("fused",)], []),
+        "shapley": _shapley(values, game.players),
+        "pairs": _pairs(values, game.players),
+        "columns": _columns(values, game),
+        "column_pairs": _column_pairs(values, game),
+        "curve": _curve(probe, tuple(game.players), seed),
+        "missing": {m: float(1 - material.present[m].mean()) for m in game.players},
+    }
+    found["advice"] = advise(found)
+    return found
+
+
+def _games(values: Values, players: Sequence[str]) -> tuple[dict[frozenset[str], Any], dict[frozenset[str], Any]]:
+    """Value of every subset, in the estimate and in the draws."""
+    one: dict[frozenset[str], Any] = {frozenset(case): values.value[case] for case in subsets(players)}
+    many: dict[frozenset[str], Any] = {frozenset(case): values.draws[case] for case in subsets(players)}
+    one[frozenset()] = 0.0
+    many[frozenset()] = np.zeros_like(next(iter(many.values())))
+    return one, many
+
+
+def _shapley(values: Values, players: Sequence[str]) -> list[dict[str, Any]]:
+    one, many = (shapley_values(game, players) for game in _games(values, players))
+    rows = [{"modality": p, **values.figure(float(one[p]), np.asarray(many[p]))} for p in players]
+    return sorted(rows, key=lambda row: -row["value"])
+
+
+def _pairs(values: Values, players: Sequence[str]) -> list[dict[str, Any]]:
+    one, many = (interactions(game, players) for game in _games(values, players))
+    rows = [{"pair": list(pair), **values.figure(float(one[pair]), np.asarray(many[pair]))} for pair in one]
+    return sorted(rows, key=lambda row: -row["value"])
+
+
+def _columns(values: Values, game: Game) -> list[dict[str, Any]]:
+    """Each column alone, and on top of everything else; ``value`` is the mean of both."""
+    rows = []
+    for modality, column in game.columns:
+        alone: Case = (f"{modality}/{column}",)
+        everything, without = (*game.others(modality), f"{modality}/"), game.without(modality, column)
+        last = values.difference([everything], [without])
+        both_value = (values.value[alone] + last["value"]) / 2
+        drawn = (values.draws[alone] + values.draws[everything] - values.draws[without]) / 2
+        rows.append(
+            {
+                "modality": modality,
+                "column": column,
+                "alone": values.difference([alone], []),
+                "on_top": last,
+                **values.figure(both_value, drawn),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["value"])
+
+
+def _column_pairs(values: Values, game: Game) -> list[dict[str, Any]]:
+    """What a column and another modality tell together beyond the sum of both alone; found only where all tests hold."""
+    pairs = [(p, m, c) for m, c in game.columns for p in game.others(m)]
+    z = NormalDist().inv_cdf(1 - 0.025 / max(1, len(pairs)))  # Bonferroni
+    rows = []
+    for player, modality, column in pairs:
+        one: Case = (f"{modality}/{column}",)
+        strict = values.difference([(player, *one)], [(player,), one], z)
+        row = values.difference([(player, *one)], [(player,), one])
+        rows.append({"pair": [player, f"{modality}/{column}"], **row, "found": strict["ci95"][0] > 0})
+    return sorted(rows, key=lambda row: -row["value"])
+
+
+def _curve(probe: Probe, everything: Case, seed: int, repeats: int = 3) -> list[dict[str, Any]]:
+    """Value of all modalities with a quarter, half and all of the labels."""
+    rows = []
+    for share in (0.25, 0.5, 1.0):
+        found, sizes = [], []
+        for repeat in range(repeats):
+            rng = np.random.default_rng([seed, 3, repeat])
+            groups = np.unique(probe.truth.groups_N)
+            kept = rng.permutation(groups)[: max(2 * FOLDS, round(share * len(groups)))]
+            rows_N = np.flatnonzero(np.isin(probe.truth.groups_N, kept))
+            part = Probe(probe.bank, probe.sources, [everything], probe.truth).drawn(rows_N)
+            found.append(part.score(1, seed + repeat).value(everything))
+            sizes.append(len(rows_N))
+        rows.append(
+            {"labels": round(float(np.mean(sizes))), "value": float(np.mean(found)), "spread": float(np.std(found))}
+        )
+    return rows
+
+
+def cost(recipe: Recipe, dataset: GoldDataset) -> dict[str, dict[str, float]]:
+    """Per modality: stored bytes of a sample that has it, and forward FLOPs of its encoder and projection for the largest."""
+    work = count_work(recipe, dataset.manifest)
+    places = [dataset.index[shard].places_NM3 for shard in range(len(dataset.shards))]
+    found = {}
+    for name, modality in dataset.modalities.items():
+        own = [i for i, member in enumerate(dataset.index.members) if member.lstrip("0123456789.") in modality.members]
+        sizes = np.concatenate([np.where(p[:, own, 0] >= 0, p[:, own, 1], 0).sum(1) for p in places])
+        # `count_work` counts the clean and the masked view.
+        flops = (work[f"{name} encoder"].flops + work[f"{name} projection"].flops) / 2
+        found[name] = {"bytes": float(sizes[sizes > 0].mean()) if (sizes > 0).any() else 0.0, "flops": float(flops)}
+    return found
+
+
+ENOUGH = 0.01  # of the variance: a modality that surely explains less is not worth having
+OFTEN = 0.2  # missing share from which collecting more is worth a word
+
+
+def advise(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Keep, drop, or collect more; a rule and no more than that."""
+    rising = still_rising(found["curve"])
+    rows = []
+    for row in found["shapley"]:
+        low, high = row["ci95"]
+        missing = found["missing"][row["modality"]]
+        if low > 0 and missing >= OFTEN:
+            gain = row["value"] * missing / (1 - missing)
+            verdict, why = "keep, collect more", f"missing in {missing:.0%}; about {gain:+.3f} if it never were"
+        elif low > 0:
+            verdict, why = "keep", "its interval is above zero"
+        elif high < ENOUGH:
+            verdict, why = "drop", f"surely below {ENOUGH:.0%} of the variance with this encoder and these labels"
+        else:
+            verdict = "label more" if rising else "undecided"
+            why = "its interval holds zero" + (", and the learning curve still rises" if rising else "")
+        rows.append({"modality": row["modality"], "verdict": verdict, "why": why})
+    return rows
+
+
+def still_rising(curve: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the last doubling of the labels brought more than it could by chance."""
+    half, full = curve[-2], curve[-1]
+    return full["value"] - half["value"] > max(half["spread"], full["spread"], 0.005)
