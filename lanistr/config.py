@@ -197,6 +197,9 @@ class FinetuneConfig(OptimizerConfig):
             their frequency among the labels in use, mean 1; or a list.
         patience: evaluations on validation without improvement before stopping; None = never.
         eval_every: epochs between evaluations on validation.
+        cache: compute the outputs of frozen encoders once and read them from disk: True = into the run folder; a folder = all
+            labelled samples, for several runs.
+        cache_views: augmented views of each train sample in the cache, of which training draws one; 1 = none is augmented.
     """
 
     freeze: Literal["encoders", "none"] | list[str] = "encoders"
@@ -210,6 +213,8 @@ class FinetuneConfig(OptimizerConfig):
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     patience: int | None = None
     eval_every: int = Field(default=1, ge=1)
+    cache: bool | str = False
+    cache_views: int = Field(default=1, ge=1)
 
     def frozen(self, modalities: Sequence[str]) -> list[str]:
         """The parts that ``freeze`` names. Raises ValueError for one that there is not."""

@@ -50,7 +50,8 @@ class GoldDataset:
         crc: Crc = "first",
         store: Store | None = None,
     ):
-        self.path, self.split, self.crc = path, split, crc
+        self.path, self.split = path, split
+        self.crc: Crc = crc
         self.store = store or _default_store(path, DataConfig())
         self.manifest = Manifest.load(self.store.folder())
         self.modalities = dict(modalities)

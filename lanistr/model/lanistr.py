@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lanistr.batch import Batch
 from lanistr.config import ModelConfig
 from lanistr.modalities.base import Modality, ModalityEncoder
+from lanistr.modalities.encoded import Encoded
 from lanistr.model.exported import fill, read_export
 from lanistr.model.fusion import FusionEncoder
 from lanistr.ops.attention import resolve_backend
@@ -80,14 +81,19 @@ class Lanistr(nn.Module):
         """Encode only.
 
         Returns:
-            (T, D) projected rows of all views, in the order of fusion, and the encoders' hidden states.
+            (T, D) projected rows of all views, in the order of fusion, and the encoders' hidden states (those of a frozen
+            encoder may be in the batch already).
         """
         hidden: dict[str, Tensor] = {}
         pools: list[Tensor] = []
         for name in self.encoders:
-            encoder = self.encoder(name)
-            hidden[name] = encoder.encode(batch.inputs[name])
-            pools.append(encoder.project(hidden[name], batch.inputs[name]))
+            encoder, inputs = self.encoder(name), batch.inputs[name]
+            if isinstance(inputs, Encoded):
+                hidden[name] = inputs.rows_RH
+                pools.append(encoder.projection(inputs.rows_RH.to(next(encoder.projection.parameters()).dtype)))
+            else:
+                hidden[name] = encoder.encode(inputs)
+                pools.append(encoder.project(hidden[name], inputs))
         return self.fusion.assemble(pools, batch.fusion), hidden
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning on a number of labels, from a pretraining run or from scratch."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from lanistr.config import Recipe
@@ -15,6 +16,7 @@ from lanistr.training import distributed
 from lanistr.training.best import BestKeeper
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.features import cache_features
 from lanistr.training.loop import train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.summary import write_summary
@@ -73,6 +75,10 @@ def finetune(
     task.fit(dataset.label[positions], dataset.target[positions], config.class_weights)
     refuse_untrained(task, report, frozen)
     task.freeze(frozen)
+    if config.cache:
+        dataset, val = cache_features(task, config, frozen, dataset, val, positions, run, device, recipe.data.workers)
+        collator = replace(collator, modalities=dataset.modalities)
+        loader = train_loader(dataset, collator, recipe.data, config, positions)
     extra = {"task": "finetune", "from": str(source) if source else None, "n_labels": len(positions)}
     describe_run(run, recipe, manifest, filled, extra, load_tokenizer_bytes(data, recipe.data, manifest))
     engine = Engine(task, filled, device, config.weight_decay)
