@@ -1,4 +1,4 @@
-"""``python -m lanistr describe | plan | export | plot | report | compare | ablate | tune``: a recipe, a run or many methods at a glance."""
+"""``python -m lanistr COMMAND``: a recipe, a run or many methods at a glance; ``--help`` lists the commands."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from lanistr.comparison.command import add_ablate, add_compare
+from lanistr.evaluation.command import add_robustness
 from lanistr.tune import add_tune
 
 
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, required=True, help="folder")
     plot.set_defaults(run=_plot)
+    add_robustness(commands)
     add_compare(commands)
     add_ablate(commands)
     add_tune(commands)

@@ -191,6 +191,7 @@ class FinetuneConfig(OptimizerConfig):
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         modality_dropout: chance per sample and epoch that a present modality is hidden in training.
+        hide: share of the train and val samples whose modality is hidden for good, as if it were missing, by modality.
         metric: of `lanistr.metrics`, that chooses the best weights and when to stop; None = accuracy of a class, average
             precision of labels, RMSE of numbers.
         class_weights: weights of the classes in the loss (of several labels: of their positives): ``balanced`` = inverse to
@@ -209,6 +210,7 @@ class FinetuneConfig(OptimizerConfig):
     hidden: int = 256
     dropout: float = 0.0
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
+    hide: dict[str, float] = {}
     metric: str | None = None
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     patience: int | None = None

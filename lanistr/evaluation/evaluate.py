@@ -2,17 +2,20 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lanistr.config import load_recipe
-from lanistr.data.reader import load_manifest, open_split
+from lanistr.config import Recipe, load_recipe
+from lanistr.data.reader import GoldDataset, load_manifest, open_split
 from lanistr.evaluation.statistics import estimate
 from lanistr.metrics import METRICS, Metric
 from lanistr.modalities import make_modalities
+from lanistr.tasks import Finetune
 from lanistr.training.best import predict
 from lanistr.training.checkpoint import WEIGHTS, load_weights
 from lanistr.training.finetune import make_task
@@ -21,11 +24,24 @@ from lanistr.training.run import read_run
 FEWEST = 10  # samples of a presence pattern that metrics are worth showing for
 
 
-def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
-    """Evaluate the best weights of a fine-tuning run.
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuning run with its best weights, and a split to use it on.
 
-    Writes ``<run>/metrics.json``, and outputs and truth of every sample to ``<run>/predictions-<split>.npz`` for paired
-    tests.
+    Attributes:
+        identity: ``run.json``.
+        task: on ``device``.
+    """
+
+    identity: dict[str, Any]
+    recipe: Recipe
+    task: Finetune
+    dataset: GoldDataset
+    device: torch.device
+
+
+def load_tuned(run: Path, data: Path, split: str) -> Tuned:
+    """Load a run's best weights and open a split.
 
     Raises:
         ValueError: not a fine-tuning run, or a dataset with other labels.
@@ -46,9 +62,23 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
     report = load_weights(task, run / "best" / WEIGHTS)
     if report.new:
         raise ValueError(f"{run}: the best weights lack {', '.join(report.new[:3])}")
+    return Tuned(identity, recipe, task, dataset, device)
+
+
+def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
+    """Evaluate the best weights of a fine-tuning run.
+
+    Writes ``<run>/metrics.json``, and outputs and truth of every sample to ``<run>/predictions-<split>.npz`` for paired
+    tests.
+
+    Raises:
+        ValueError: not a fine-tuning run, or a dataset with other labels.
+    """
+    tuned = load_tuned(run, data, split)
+    identity, manifest, dataset = tuned.identity, tuned.dataset.manifest, tuned.dataset
     positions = dataset.labelled(None, 0)
-    outputs, truth = predict(task, dataset, positions, device)
-    names = {manifest.bit(name): name for name in modalities}
+    outputs, truth = predict(tuned.task, dataset, positions, tuned.device)
+    names = {manifest.bit(name): name for name in dataset.modalities}
     result = {
         "run": run.name,
         "split": split,
@@ -57,7 +87,7 @@ def evaluate_run(run: Path, data: Path, split: str) -> dict[str, Any]:
         "n": len(truth),
         "labels": identity["n_labels"],
         "from": identity["from"],
-        "metrics": {name: _estimate(m, outputs, truth) for name, m in METRICS[manifest.target].items()},
+        "metrics": {name: estimate_metric(m, [outputs], truth) for name, m in METRICS[manifest.target].items()},
         "patterns": by_pattern(outputs, truth, dataset.presence[positions], names, METRICS[manifest.target]),
     }
     keys = np.array(dataset.keys, dtype=np.bytes_)[positions]
@@ -102,8 +132,9 @@ def save_predictions(
     os.replace(temporary, path)
 
 
-def _estimate(metric: Metric, outputs: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    found = estimate(metric, [outputs], truth)
+def estimate_metric(metric: Metric, outputs: Sequence[np.ndarray], truth: np.ndarray) -> dict[str, Any]:
+    """``value`` and ``ci95`` as JSON has them, None = undefined; see `lanistr.evaluation.statistics.estimate`."""
+    found = estimate(metric, outputs, truth)
     return {"value": _number(found.value), "ci95": [_number(found.low), _number(found.high)]}
 
 

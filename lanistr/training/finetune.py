@@ -3,13 +3,16 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lanistr.config import Recipe
+from lanistr.data.hiding import HidingDataset
 from lanistr.data.loader import Collator
-from lanistr.data.reader import load_manifest, load_tokenizer_bytes, open_split
+from lanistr.data.reader import GoldDataset, load_manifest, load_tokenizer_bytes, open_split
 from lanistr.manifest import Manifest
 from lanistr.metrics import find_metric
 from lanistr.modalities import make_modalities
+from lanistr.modalities.base import Modality
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Finetune
 from lanistr.training import distributed
@@ -56,11 +59,10 @@ def finetune(
     frozen = _check(recipe, manifest, list(modalities), source)
     resuming = check_run(run, resume)
     rank, world, _ = distributed.world_from_environment()
-    dataset = open_split(data, "train", modalities, recipe.data)
+    dataset, val = _open(data, recipe, modalities)
     collator = Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout)
     positions = dataset.labelled(labels, config.seed)
     loader = train_loader(dataset, collator, recipe.data, config, positions)
-    val = open_split(data, "val", modalities, recipe.data)
     about = describe_checkpoint(recipe, "finetune", manifest)
     if resuming:
         check_resume(run, about, loader.state(0), resume == "force")
@@ -100,11 +102,22 @@ def finetune(
         distributed.shutdown()
 
 
+def _open(data: Path, recipe: Recipe, modalities: dict[str, Modality[Any, Any]]) -> tuple[GoldDataset, GoldDataset]:
+    """Train and val, with what the recipe hides hidden."""
+    train, val = (open_split(data, split, modalities, recipe.data) for split in ("train", "val"))
+    config = recipe.finetune
+    if not config.hide:
+        return train, val
+    return HidingDataset(train, config.hide, config.seed), HidingDataset(val, config.hide, config.seed)
+
+
 def _check(recipe: Recipe, manifest: Manifest, modalities: list[str], source: Path | None) -> list[str]:
     """What is frozen. Raises ValueError for what would fail only after the heavy start."""
     if not manifest.labels:
         raise ValueError(f"dataset {manifest.name} has no labels")
     find_metric(manifest.target, recipe.finetune.metric)
+    if recipe.finetune.hide and recipe.finetune.cache:
+        raise ValueError("finetune.hide and finetune.cache: the cache holds samples as they are; leave one of them out")
     frozen = recipe.finetune.frozen(modalities)
     if source:
         pretrained_weights(source)
