@@ -36,7 +36,7 @@ def run_robustness(arguments: argparse.Namespace) -> str:
         arguments.data,
         arguments.split,
         arguments.metric,
-        arguments.hide.split(",") if arguments.hide else None,
+        [name.strip() for name in arguments.hide.split(",")] if arguments.hide else None,
         _numbers(arguments.rates),
         arguments.seeds,
     )

@@ -46,7 +46,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     ]
     for i, hidden in enumerate(_panels(found)):
         rates = " | ".join(f"{rate:.0%}" for rate in found["rates"])
-        lines += ["", f"## Without {_name(hidden)}", "", f"| run | {rates} |", "|---" * (1 + len(found["rates"])) + "|"]
+        lines += ["", f"## {_name(hidden)}", "", f"| run | {rates} |", "|---" * (1 + len(found["rates"])) + "|"]
         lines += [f"| {run['run']} | {' | '.join(map(_figure, run['curves'][i]['rows']))} |" for run in found["runs"]]
     return lines
 
@@ -56,7 +56,7 @@ def _panels(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _name(hidden: Sequence[str]) -> str:
-    return hidden[0] if len(hidden) == 1 else f"any of {', '.join(hidden)} (each hidden on its own)"
+    return f"Without {hidden[0]}" if len(hidden) == 1 else f"All of {', '.join(hidden)}, each hidden on its own"
 
 
 def _about(run: Mapping[str, Any]) -> str:
