@@ -4,6 +4,7 @@ A dataset keeps its first fit (``lake/fit/<name>/``) until ``--refit``; ``fit_fr
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+BATCH = 8_192
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _tokenizer(con: "DuckDBPyConnection", recipe: Recipe, raw: Path) -> "Tokeniz
 
     limit = recipe.text.max_chars
     # The trainer counts words: their order does not matter, and no more than a batch of texts is in memory.
-    reader = con.sql("select text from samples where split = 'train' and text is not null").to_arrow_reader(4096)
+    reader = con.sql("select text from samples where split = 'train' and text is not null").to_arrow_reader(BATCH)
     texts = (text[:limit] for batch in reader for text in batch["text"].to_pylist())
     return wordpiece.train(texts, choice.train)
 
@@ -175,14 +177,18 @@ def _round(value: float) -> float:
 
 
 def _statistics(con: "DuckDBPyConnection", query: str) -> tuple[float, float]:
-    """Mean and standard deviation (1 for a constant) of a single-column query in any order: sums go by value."""
-    import numpy as np
-
-    values = np.sort(con.execute(query).fetchnumpy()["v"].astype(np.float64))
-    if not len(values):
+    """Mean and standard deviation (1 for a constant) of a column ``v``. The sums are exact: no order of rows changes them."""
+    n, largest = con.execute(f"select count(*), max(abs(v)) from ({query})").fetchall()[0]
+    if not n:
         return 0.0, 1.0
-    deviation = float(values.std())
-    return _round(float(values.mean())), _round(deviation) if deviation > 1e-12 * max(1.0, abs(values).max()) else 1.0
+    mean = _exact_sum(con, query) / n
+    deviation = math.sqrt(_exact_sum(con, f"select (v - {mean!r}) ** 2 as v from ({query})") / n)
+    return _round(mean), _round(deviation) if deviation > 1e-12 * max(1.0, largest) else 1.0
+
+
+def _exact_sum(con: "DuckDBPyConnection", query: str) -> float:
+    batches = con.sql(query).to_arrow_reader(BATCH)
+    return math.fsum(value for batch in batches for value in batch["v"].to_numpy().tolist())
 
 
 def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> TabularSpec:
@@ -195,10 +201,12 @@ def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) ->
     categorical = []
     for name in samples.categorical:
         c = column(f"c:{name}")
+        most = recipe.tabular.max_values
         rows = con.execute(
-            f"select {c} from samples where split = 'train' and {c} is not null group by 1 order by count(*) desc, 1"
+            f"select {c} from samples where split = 'train' and {c} is not null group by 1 order by count(*) desc, 1 "
+            f"limit {most + 1}"
         ).fetchall()
-        known = [value for (value,) in rows[: recipe.tabular.max_values]]
+        known = [value for (value,) in rows[:most]]
         buckets = recipe.tabular.buckets if len(rows) > len(known) else 0
         categorical.append(CategoricalColumn(name=name, values=known, buckets=buckets))
     return TabularSpec(numeric=numeric, categorical=categorical)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 JSON_LINES = ("jsonl", "json", "ndjson")
 KINDS = (*DELIMITERS, *JSON_LINES, "parquet")
-DUCKDB_SHARE = 0.6  # of the memory given: its limit does not count all that it allocates, and Python needs some
+DUCKDB_SHARE = 0.6  # of the memory given, at most: its limit does not count all that it allocates
+PER_THREAD = 100 * 10**6  # bytes that DuckDB works well with; it would keep as much more of the data as it may
 USUAL_LINE = 4 << 20  # a file with longer lines is odd
 FLOAT32_MAX = 3.4028234e38  # numbers are stored as float32
 IS_OBJECT = "json_type(line) = 'OBJECT'"
@@ -36,15 +37,21 @@ class Unreadable(ValueError):
 
 
 def connect(
-    folder: Path, *, spill: Path | None = None, memory: int | None = None, threads: int | None = None
+    folder: Path,
+    *,
+    spill: Path | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    frugal: bool = True,
 ) -> "DuckDBPyConnection":
     """A connection on a file in ``folder``, which works out of core and never asks the network for extensions.
 
     Args:
         folder: of ``build.duckdb``.
         spill: where intermediate results go that do not fit; ``folder / "spill"`` where absent.
-        memory: bytes that the whole process may use; DuckDB gets `DUCKDB_SHARE` of them.
-        threads: of DuckDB.
+        memory: bytes that the whole process may use; DuckDB gets `DUCKDB_SHARE` of them at most.
+        threads: of DuckDB; all cores where absent.
+        frugal: DuckDB gets `PER_THREAD` only, where that is less: the peak is then the same for any number of rows.
     """
     import duckdb
 
@@ -52,11 +59,15 @@ def connect(
     con.execute("set autoinstall_known_extensions = false")
     con.execute("set preserve_insertion_order = true")
     con.execute("set timezone = 'UTC'")
+    # Tables live for minutes: to pack them takes longer than to write.
+    con.execute("set force_compression = 'uncompressed'")
     con.execute(f"set temp_directory = {literal(spill or folder / 'spill')}")
-    if memory is not None:
-        con.execute(f"set memory_limit = '{int(memory * DUCKDB_SHARE)}B'")
     if threads is not None:
         con.execute(f"set threads = {threads}")
+    if memory is not None:
+        (used,) = con.execute("select current_setting('threads')").fetchall()[0]
+        limit = int(memory * DUCKDB_SHARE)
+        con.execute(f"set memory_limit = '{min(limit, PER_THREAD * used) if frugal else limit}B'")
     return con
 
 
@@ -140,7 +151,9 @@ class _Loader:
             if len(self.raw.files) == 1:
                 raise ValueError(f"{file.name}: {error}") from None
             self.quarantine.add_rows(self.raw.name, [(file.name, 0, "not readable", str(error))])
-        except (duckdb.Error, OSError) as error:  # out of memory, out of disk: the machine's fault, not the file's
+        except duckdb.OutOfMemoryException:
+            raise
+        except (duckdb.Error, OSError) as error:  # out of disk: the machine's fault, not the file's
             raise ValueError(f"{file.name}: {_first_line(error)}") from None
 
     def finish(self) -> int:
@@ -184,7 +197,8 @@ class _Loader:
         # One pass: DuckDB's own reader turns a bad line into a row of nulls, reads on after trailing garbage, and takes
         # the first of two values of one key.
         keys = ", ".join(literal(_pointer(name)) for name in self.wanted)
-        good = f"{IS_OBJECT} and list_unique(json_keys(line)) = len(json_keys(line))"
+        unique = f"{IS_OBJECT} and list_unique(json_keys(line)) = len(json_keys(line))"
+        good = f"case when json_valid(line) then {unique} end"  # where one row fails, try goes through its 2,048 one by one
         parsed = (
             f"select case when ok then json_extract_string(line, [{keys}]) end as x, case when not ok then line end as _bad, "
             f"_row from (select line, _row, coalesce(try({good}), false) as ok from "

@@ -3,10 +3,11 @@
 A build that was killed finds the plan and goes on with it, if nothing has changed that it depends on.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -82,20 +83,39 @@ def prepare(
     if plan and plan.identity == identity and plan.is_whole(lake):
         say(f"silver: prepared before, {len(plan.tasks):,} tasks")
         return plan
+
+    def make(con: "DuckDBPyConnection") -> Plan:
+        return _prepare(con, recipe, raw, lake, files, kept, identity, max_bad)
+
+    for frugal in (True, False):
+        plan = _attempt(work, limits, frugal, make)
+        if plan:
+            return plan
+    given = f"--memory {limits.memory / 1e6:g}MB" if limits.memory else "this machine's memory"
+    raise ValueError(f"out of memory with {given}: give more, or fewer --threads")
+
+
+def _attempt(work: Path, limits: Limits, frugal: bool, make: Callable[["DuckDBPyConnection"], Plan]) -> Plan | None:
+    """The plan, made in a new ``work`` folder; None where the memory did not suffice."""
+    import duckdb
+
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         with TemporaryDirectory(dir=limits.tmp or work, prefix="spill-") as spill:
-            con = connect(work, spill=Path(spill), memory=limits.memory, threads=limits.threads)
-            plan = _prepare(con, recipe, raw, lake, files, kept, identity, max_bad)
-            con.close()
+            con = connect(work, spill=Path(spill), memory=limits.memory, threads=limits.threads, frugal=frugal)
+            with contextlib.closing(con):
+                plan = make(con)
         for file in work.glob("build.duckdb*"):
             file.unlink()
         plan.save(work)
-    except BaseException:
+        return plan
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    return plan
+        if not isinstance(error, duckdb.OutOfMemoryException):
+            raise
+        say(f"silver: DuckDB ran out of memory{'; once more, with all that it may have' if frugal else ''}")
+        return None
 
 
 def _identity(recipe: Recipe, raw: Path, files: Mapping[str, RawTable], kept: Path | None) -> str:

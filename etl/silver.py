@@ -1,11 +1,12 @@
 """Silver: the canonical tables, cut into buckets by a stable hash of the group: one Parquet per split and bucket.
 
-A bucket is what a task of the gold phase reads. Rows are sorted by key out of core (DuckDB) and cut in one pass, so that
-neither a split nor a bucket is ever held in memory, and equal rows give equal files.
+A bucket is what a task of the gold phase reads. Rows are sorted by key out of core (DuckDB), a slab of whole buckets at
+a time, and cut in one pass, so that no bucket is ever held in memory, and equal rows give equal files.
 """
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from etl.lake import whole_file
 from etl.quarantine import literal
 from etl.raw import RawTable
+from etl.split import digest_modulo
 from lanistr.manifest import SPLITS, Strict
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 BUCKET_SIZE = 7_500  # samples that a bucket should hold: a task of seconds to a minute
+SORTED_AT_ONCE = 1_000_000  # rows; whole buckets: a sort's memory grows with its runs, even where they are spilled
 BATCH = 8_192
 ROW_GROUP = 8_192
 Part = tuple[str, int]  # split, bucket
@@ -71,22 +74,34 @@ def write_tables(con: "DuckDBPyConnection", name: str, salt: str, buckets: dict[
         buckets: per split.
         folder: silver folder of the dataset.
     """
-    count = " ".join(f"when {literal(split)} then {n}" for split, n in buckets.items())
-    # Without the cast DuckDB would divide as doubles: 75 of the 128 bits would be lost.
-    bucket = f"md5_number({literal(salt + ':bucket:')} || grp) % (case split {count} end)::uhugeint"
+    salted = f"{literal(salt + ':bucket:')} || grp"
+    bucket = " ".join(f"when {literal(split)} then {digest_modulo(salted, n)}" for split, n in buckets.items())
     con.execute(
-        f"create view keyed as select *, ({bucket})::integer as bucket, "
+        f"create view keyed as select *, (case split {bucket} end)::integer as bucket, "
         f"left(sha256({literal(name + '|')} || grp || '|' || row_id), 16) as key, "
         f"left(sha256({literal(name + '|')} || grp), 16) as group_hash from samples"
     )
-    samples = "select * from keyed order by split, bucket, key, row_id"
-    series = (
-        "select keyed.split, keyed.bucket, keyed.key, s.time, s.variable, s.value from series s join keyed using (row_id) "
-        "order by all"
-    )
-    rows = write_parts(con.sql(samples).to_arrow_reader(BATCH), folder / "samples")
-    points = write_parts(con.sql(series).to_arrow_reader(BATCH), folder / "series")
+    (largest,) = con.execute(
+        "select greatest((select count(*) from samples), (select count(*) from series))"
+    ).fetchall()[0]
+    slabs = max(1, math.ceil(largest / SORTED_AT_ONCE))
+    (threads,) = con.execute("select current_setting('threads')").fetchall()[0]
+    con.execute("checkpoint")  # what is not yet in the file cannot leave memory
+    con.execute("set threads = 1")  # each thread sorts in memory of its own; one is as fast per row, and never starved
+    rows: dict[Part, int] = {}
+    points: dict[Part, int] = {}
+    for slab in range(slabs):
+        con.execute(f"create view slab as select * from keyed where bucket % {slabs} = {slab}")
+        samples = "select * from slab order by split, bucket, key, row_id"
+        series = (
+            "select slab.split, slab.bucket, slab.key, s.time, s.variable, s.value from series s join slab using (row_id) "
+            "order by all"
+        )
+        rows |= write_parts(con.sql(samples).to_arrow_reader(BATCH), folder / "samples")
+        points |= write_parts(con.sql(series).to_arrow_reader(BATCH), folder / "series")
+        con.execute("drop view slab")
     con.execute("drop view keyed")
+    con.execute(f"set threads = {threads}")
     order = sorted(rows, key=lambda part: (SPLITS.index(part[0]), part[1]))
     return [_task(folder, part, rows[part], part in points) for part in order]
 
@@ -106,7 +121,7 @@ def _sha256(path: Path) -> str:
 
 def write_parts(reader: "pa.RecordBatchReader", folder: Path) -> dict[Part, int]:
     """Cut a stream sorted by (split, bucket, ...) into a Parquet per part; returns their rows."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = itertools.groupby(_runs(reader), key=lambda run: run[0])
     return {
         part: _write_part(folder / f"{part_name(part)}.parquet", (batch for _, batch in runs), reader.schema)

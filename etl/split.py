@@ -57,20 +57,35 @@ def select(rule: Mapping[str, Any], samples: str) -> str:
         rule: from `rule`, or from a manifest.
         samples: SQL name of the table.
     """
-    group = MERGED if "near_duplicates" in rule else "grp"
+    group = _group(rule)
     if rule["method"] == "time":
         val, test = rule["time"]
         latest = f"max(time) over (partition by {group})"
         return f"select row_id, {_cases(latest, val, test)} as split from {samples}"
-    train, val = rule["bounds"]
     if rule["method"] == "hash":
-        return f"select row_id, {_cases(f'{_hash(rule, group)} % {BUCKETS}', train, val)} as split from {samples}"
+        return f"select row_id, {_by_hash(rule)} as split from {samples}"
+    train, val = rule["bounds"]
     return f"""with counted as (select {group} as g, label, count(*) as n from {samples} group by all),
         strata as (select g, label, {_hash(rule, "g")} as hashed from counted
             qualify row_number() over (partition by g order by n desc, label nulls last) = 1),
         placed as (select g, {BUCKETS} * (row_number() over (partition by label order by hashed, g) - 0.5)
             / count(*) over (partition by label) as place from strata)
         select row_id, {_cases("place", train, val)} as split from {samples} join placed on g = {group}"""
+
+
+def _group(rule: Mapping[str, Any]) -> str:
+    return MERGED if "near_duplicates" in rule else "grp"
+
+
+def _by_hash(rule: Mapping[str, Any]) -> str:
+    return _cases(digest_modulo(f"{literal(rule['salt'] + ':')} || {_group(rule)}", BUCKETS), *rule["bounds"])
+
+
+def digest_modulo(text: str, n: int) -> str:
+    """SQL for ``md5_number(text) % n``, in 64-bit halves: DuckDB divides 128-bit numbers twenty times as slowly."""
+    digest = f"md5_number({text})"
+    high, low = f"({digest} >> 64)::ubigint", f"({digest} & {2**64 - 1}::uhugeint)::ubigint"
+    return f"(({high} % {n}::ubigint) * {2**64 % n}::ubigint + {low} % {n}::ubigint) % {n}::ubigint"
 
 
 def _hash(rule: Mapping[str, Any], group: str) -> str:
@@ -84,6 +99,8 @@ def _cases(value: str, val: float, test: float) -> str:
 def assign(con: "DuckDBPyConnection", split: Split, group: str) -> dict[str, int]:
     """Give every row of ``samples`` its ``split``; returns what was merged or left out, for the counts.
 
+    A hash needs one row to tell its split: ``samples`` becomes a view, and no table is written or updated.
+
     Raises:
         ValueError: a time split of a source without times, or a merged group that is too large.
     """
@@ -95,10 +112,17 @@ def assign(con: "DuckDBPyConnection", split: Split, group: str) -> dict[str, int
     names = [row[0] for row in con.execute("describe samples").fetchall()]
     if split.time and "time" not in names:
         raise ValueError("split.time: the source gives no time; name a column in source.time")
-    con.execute(f"create table assigned as {select(rule(split, group), 'samples')}")
-    con.execute("alter table samples add column split varchar")
-    con.execute("update samples set split = assigned.split from assigned where assigned.row_id = samples.row_id")
-    con.execute("drop table assigned")
+    made = rule(split, group)
+    con.execute("alter table samples rename to whole")
+    if split.method == "hash":
+        con.execute(f"create view samples as select *, {_by_hash(made)} as split from whole")
+        return counts
+    con.execute(
+        f"create table samples as select whole.*, split from whole join ({select(made, 'whole')}) using (row_id) "
+        "where split is not null"
+    )
     if split.time:
-        counts["without a time, in no split"] = con.execute("delete from samples where split is null").fetchall()[0][0]
+        left = con.execute("select (select count(*) from whole) - (select count(*) from samples)").fetchall()[0][0]
+        counts["without a time, in no split"] = left
+    con.execute("drop table whole")
     return counts
