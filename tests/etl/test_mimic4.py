@@ -20,6 +20,7 @@ from etl.quarantine import Quarantine
 from etl.raw import register
 from etl.sources.mimic.variables import benchmark_variables, itemids, layout
 from etl.sources.models import MimicSource
+from etl.verify import verify
 from lanistr.manifest import Manifest, sample_key
 from lanistr.transforms import load_tokenizer, read_npy
 from tests.etl import mimic_oracle
@@ -393,6 +394,9 @@ def test_only_the_leaky_switch_brings_the_discharge_summary(tmp_path: Path) -> N
     leaky = Built(tmp_path / "raw", tmp_path / "leaky", recipe_of(leaky_reference_notes=True))
     assert leaky.text("301") == "patient expired"
     assert "note/radiology.csv.gz" not in {parent["file"] for parent in leaky.manifest.parents}
+    assert verify(made.gold, deep=True)
+    with pytest.raises(ValueError, match="times: in 1 samples the text is later than the label"):
+        verify(leaky.gold, deep=True)
 
 
 def silver_times(made: Built) -> list[dict]:
