@@ -34,6 +34,7 @@ demo: setup  ## data, pretraining, fine-tuning and a report, in one go (runs/dem
 bench: setup  ## benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/fusion_encoder.py --out benchmarks/results/fusion_encoder-cpu.json
 	$(BIN)/python benchmarks/pretrain_step.py --out benchmarks/results/pretrain_step-cpu.json
+	$(BIN)/python benchmarks/engine.py --out benchmarks/results/engine-cpu.json
 	$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
 	$(BIN)/python benchmarks/etl.py --out benchmarks/results/etl-cpu.json
 
