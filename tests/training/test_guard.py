@@ -1,5 +1,6 @@
 import json
 import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -53,13 +54,14 @@ def test_a_spike_is_written_down_with_its_samples_and_a_falling_loss_is_none(tmp
     assert [(row["step"], row["what"]) for row in rows] == [(41, "spike")]
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100), st.floats(1e-3, 1e3), st.floats(-100, 100))
-def test_no_loss_within_the_usual_range_is_a_spike(losses: list[float], scale: float, shift: float) -> None:
-    watch = SpikeWatch()
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=17, max_size=100), st.integers(-9, 9))
+def test_a_spike_lies_above_the_median_whatever_the_unit_of_the_loss(losses: list[float], power: int) -> None:
+    watch, scaled = SpikeWatch(), SpikeWatch()
     for loss in losses:
         usual = [*watch.recent]
         spike = watch.is_spike(loss)
-        assert not (spike and loss <= max(usual))
+        assert scaled.is_spike(loss * 2.0**power) == spike
+        assert not spike or loss > statistics.median(usual)
 
 
 @pytest.mark.dist
