@@ -14,7 +14,7 @@ from torch import nn
 from lanistr.config import Recipe, load_recipe
 from lanistr.describe import count_parts
 from lanistr.modalities import MODALITIES
-from lanistr.modalities import tabular as tabular_module
+from lanistr.modalities import tabnet as tabnet_module
 from lanistr.model.lanistr import Lanistr
 from lanistr.ops.sparsemax import sparsemax
 from lanistr.tasks import Finetune
@@ -161,7 +161,7 @@ def test_tabnet_masks_by_sparsemax_at_every_step(monkeypatch: pytest.MonkeyPatch
         seen.append(scores.shape[1])
         return sparsemax(scores)
 
-    monkeypatch.setattr(tabular_module, "sparsemax", spied)
+    monkeypatch.setattr(tabnet_module, "sparsemax", spied)
     tabnet: Any = build(load_recipe("amazon_pretrain")).encoder("tabular").encoder
     columns, features = 6, len(tabnet.column_of_X)
     tabnet(torch.ones(2, features, device="meta"), torch.ones(2, columns, device="meta"), 1, False)

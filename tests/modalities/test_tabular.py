@@ -54,7 +54,7 @@ def test_tabnet_equals_upstream_in_training_and_in_eval_mode() -> None:
         encoder.train(mode)
         reference.train(mode)
         ours = encoder.encode(inputs).view(9, 2, -1)
-        steps, _ = reference(encoder.encoder.embed(inputs))
+        steps, _ = reference(encoder.encoder.embed(inputs.numeric_NR, inputs.categories_NC))
         torch.testing.assert_close(ours, torch.stack(steps, 1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(encoder.encoder.blocks.initial_bn.running_mean, reference.initial_bn.running_mean)
 
@@ -173,7 +173,7 @@ def test_tabnet_equals_upstreams_pretraining_module_on_masked_rows() -> None:
     inputs = modality.collate(contents, masks(contents, modality), [1.0] * 9).inputs
     assert inputs.keep_NK is not None
     reference = upstream(encoder).train()
-    x = encoder.encoder.embed(inputs)
+    x = encoder.encoder.embed(inputs.numeric_NR, inputs.categories_NC)
     hidden = encoder.encode(inputs).view(2, 9, 2, -1)
     clean, _ = reference(x)
     masked, _ = reference(x * inputs.keep_NK[:, encoder.encoder.column_of_X], prior=inputs.keep_NK)
