@@ -41,6 +41,7 @@ def train(
     after_step: Callable[[int], bool] | None = None,
     score: Callable[[int], float | None] | None = None,
     useful: Useful | None = None,
+    watch_collapse: bool = False,
 ) -> int:
     """Train to the end of the run, or until a signal asks for a checkpoint and an early end.
 
@@ -55,6 +56,7 @@ def train(
         after_step: called on every rank with the number of steps done; True ends the run.
         score: on validation after that many steps, more is better; None = not measured then.
         useful: counts useful operations, for the log.
+        watch_collapse: warn where embeddings collapse (pretraining).
 
     Returns:
         Steps done.
@@ -65,7 +67,7 @@ def train(
     """
     total = total_steps(loader, config)
     step = resume(run, engine) if resuming else 0
-    monitor = Monitor(run, engine, loader, config, step, total, useful)
+    monitor = Monitor(run, engine, loader, config, step, total, useful, watch_collapse=watch_collapse)
     guard = Guard(run, config.on_nonfinite)
     batches = loader.steps(step, total, engine.device)
     engine.module.train()

@@ -34,6 +34,8 @@ class Monitor:
         engine, loader, config: of the run.
         start, total: steps already done, and of the whole run.
         useful: counts the useful operations, for the utilisation; None = not reported.
+        watch_collapse: say so where embeddings collapse: right for pretraining only, since a classifier is meant to pull
+            the samples of a class together.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Monitor:
         start: int,
         total: int,
         useful: Useful | None = None,
+        *,
+        watch_collapse: bool = False,
     ):
         self.engine, self.config, self.total, self.useful = engine, config, total, useful
         manifest = loader.dataset.manifest
@@ -55,8 +59,10 @@ class Monitor:
         self.file: TextIO | None = None
         self.step, self.lr = start, 0.0
         self.flops_per_token = self.peak = 0.0
+        self.collapse_watch: CollapseWatch | None = None
         if self.active:
-            self.collapse_watch = CollapseWatch(cut_back(self.path, start))
+            earlier = cut_back(self.path, start)
+            self.collapse_watch = CollapseWatch(earlier) if watch_collapse else None
             self.file = self.path.open("a", encoding="utf-8")
         self._reset()
 
@@ -102,7 +108,7 @@ class Monitor:
             started = time.perf_counter()
             if self.useful:
                 self.flops_per_token = self.useful.per_token(batches[0])
-            self._say(self.collapse_watch.note(self.step, figures))
+            self._say(self.collapse_watch.note(self.step, figures) if self.collapse_watch else None)
             seconds += time.perf_counter() - started
         self.health_s += seconds
 

@@ -78,6 +78,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         after_step=validator.after_step if validator else None,
         score=validator.score if validator else None,
         useful=Useful(recipe, manifest.modalities),
+        watch_collapse=True,
     )
     if distributed.rank() == 0:
         write_summary(run, {"task": "pretrain", "steps": steps, "best": best_validation(run, engine.weights)})

@@ -15,6 +15,7 @@ from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import Fetched
 from lanistr.training.data_watch import DataWatch
 from lanistr.training.engine import StepResult
+from lanistr.training.health import Health
 from lanistr.training.loop import train
 from lanistr.training.shards import Shards
 from tests.model.support import NAMES, make_modalities
@@ -102,3 +103,26 @@ def test_where_all_cores_load_more_workers_are_not_the_advice() -> None:
     assert "50% of the last 10 steps waited for it" in advice
     assert "300 ms reading and decoding" in advice
     assert "faster disk" in advice
+
+
+@pytest.mark.parametrize("pretraining", [True, False])
+def test_a_collapse_is_an_alarm_in_pretraining_only_and_logged_in_fine_tuning_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pretraining: bool
+) -> None:
+    ranks = iter([12.0, 1.0, 1.0, 1.0])
+    figures = {"health_samples": 32.0, "std/fused": 0.1, "spread/fused": 0.5}
+    monkeypatch.setattr(Health, "begin", lambda self, step: None)
+    monkeypatch.setattr(Health, "end", lambda self: {**figures, "rank/fused": next(ranks)})
+    modalities = {"tabular": make_modalities()["tabular"]}
+    dataset = GoldDataset(write_gold(tmp_path / "gold", {"train": 16}, lambda _: NAMES), "train", modalities)
+    loader = TrainLoader(
+        dataset, Collator(modalities, views=1, seed=0), global_batch=4, micro_batch=None, ranks=1, rank=0, seed=0,
+        grouping="mixed",
+    )  # fmt: skip
+    config = OptimizerConfig(global_batch=4, epochs=1, max_steps=4, log_every=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    train(Engine(), loader, config, run, resuming=False, watch_collapse=pretraining)  # type: ignore[arg-type]
+    assert capsys.readouterr().err.count("embeddings collapse: fused") == int(pretraining)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rank/fused"] for row in rows] == [12.0, 1.0, 1.0, 1.0]
