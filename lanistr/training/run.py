@@ -85,7 +85,8 @@ def check_resume(run: Path, about: dict[str, Any], state: LoaderState, force: bo
     then = found.loader_state
     if "recipe" not in found.meta:
         raise ValueError(f"{found.folder}: saved by another version of lanistr; start a new --run")
-    differences = _differences(found.meta, about) + then.differences(state)
+    differences = _differences(found.meta, about)
+    differences += [difference for difference in then.differences(state) if difference not in differences]
     if not differences:
         return
     said = "; ".join(f"{name} was {then}, is {now}" for name, then, now in differences[:3])
