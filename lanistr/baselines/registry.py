@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lanistr.baselines import Method
 from lanistr.baselines.ours import LanistrMethod, Pretraining
-from lanistr.baselines.simple import LinearProbe, TfidfLogistic, Trees, package_encoder
+from lanistr.baselines.simple import LinearProbe, Majority, TfidfLogistic, Trees, package_encoder
 from lanistr.config import Recipe
 
 
@@ -57,6 +57,7 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
+    "majority": Entry("the classes' shares among the labels", lambda _: Majority()),
     "tfidf": Entry(
         "TF-IDF and plain features of every modality, logistic regression", lambda _: TfidfLogistic(), package="sklearn"
     ),

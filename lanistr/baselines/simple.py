@@ -30,6 +30,15 @@ MAX_CATEGORIES = 255  # scikit-learn's trees take no more; ids above are read as
 TEXT_BATCH = 64
 
 
+class Majority:
+    """The classes' shares among the labels, whatever the sample: what a method must beat to have learnt anything."""
+
+    def fit(self, train: Subset, val: Subset, seed: int) -> Predict:
+        """See `Method`."""
+        shares_C = np.bincount(train.labels_N, minlength=train.classes) / len(train)
+        return lambda subset: np.tile(shares_C, (len(subset), 1))
+
+
 class TfidfLogistic:
     """Logistic regression on TF-IDF of the text beside the plain features of every other modality.
 

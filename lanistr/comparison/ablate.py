@@ -9,7 +9,7 @@ from lanistr.baselines.ours import LanistrMethod, Pretraining
 from lanistr.comparison.cells import CellStore
 from lanistr.comparison.compare import identify, sizes
 from lanistr.comparison.grid import Splits, run_grid
-from lanistr.comparison.table import make_rows, markdown, write_results
+from lanistr.comparison.table import Truth, make_rows, markdown, write_results
 from lanistr.config import Recipe, load_recipe
 from lanistr.metrics import METRICS, find_metric
 from lanistr.training import distributed
@@ -25,7 +25,7 @@ def ablate(arguments: argparse.Namespace) -> str:
         ValueError: anything that a user can put right.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    metric = find_metric("class", arguments.metric)
+    metrics = [find_metric("class", name) for name in arguments.metric]
     splits = Splits.open(recipe, arguments.data)
     terms = {name: modality.term for name, modality in splits.train.modalities.items()}
     arms = make_arms(recipe, terms)
@@ -39,11 +39,17 @@ def ablate(arguments: argparse.Namespace) -> str:
     store = CellStore(arguments.out, identity)
     try:
         cells = run_grid(
-            methods, arguments.labels, arguments.seeds, splits, store, METRICS["class"][metric], arguments.table_only
+            methods,
+            arguments.labels,
+            arguments.seeds,
+            splits,
+            store,
+            METRICS["class"][metrics[0]],
+            arguments.table_only,
         )
     finally:
         distributed.shutdown()
-    rows = make_rows(cells, store, splits.test.labels_N, metric, FULL, splits.train.manifest.name)
+    rows = make_rows(cells, store, Truth.of(splits.test), metrics, FULL, splits.train.manifest.name)
     text = markdown(rows, about, FULL)
     write_results(arguments.out, "ablate", rows, text, {"labelled": sizes(splits), "identity": identity})
     return text

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="cells, runs, table.md and result.json go here")
     parser.add_argument("--seeds", type=positive, default=5, help="draws of labels (default 5)")
     parser.add_argument("--labels", type=label_counts, default=[None], help="for example 128,512,all (default all)")
-    parser.add_argument("--metric", default="accuracy", help="default: accuracy")
+    parser.add_argument(
+        "--metric", type=names, default=["accuracy"], help="for example accuracy,macro_f1 (default accuracy)"
+    )
     parser.add_argument("--pretrain-data", type=Path, help="gold dataset to pretrain on (default: --data)")
     parser.add_argument(
         "--pretrain-seeds", type=positive, default=1, help="pretraining runs; seed s uses s modulo this"

@@ -7,7 +7,7 @@ from lanistr.baselines.ours import Pretraining
 from lanistr.baselines.registry import METHODS, Setting, make_methods
 from lanistr.comparison.cells import CellStore
 from lanistr.comparison.grid import Splits, run_grid
-from lanistr.comparison.table import make_rows, markdown, write_results
+from lanistr.comparison.table import Truth, make_rows, markdown, write_results
 from lanistr.config import Recipe, load_recipe
 from lanistr.data.reader import load_manifest
 from lanistr.metrics import METRICS, find_metric
@@ -21,7 +21,7 @@ def compare_methods(arguments: argparse.Namespace) -> str:
         ValueError: anything that a user can put right.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    metric = find_metric("class", arguments.metric)
+    metrics = [find_metric("class", name) for name in arguments.metric]
     splits = Splits.open(recipe, arguments.data)
     pretraining = Pretraining(
         recipe, arguments.pretrain_data or arguments.data, arguments.out, arguments.pretrain_seeds, arguments.deepspeed
@@ -35,11 +35,17 @@ def compare_methods(arguments: argparse.Namespace) -> str:
     store = CellStore(arguments.out, identity)
     try:
         cells = run_grid(
-            methods, arguments.labels, arguments.seeds, splits, store, METRICS["class"][metric], arguments.table_only
+            methods,
+            arguments.labels,
+            arguments.seeds,
+            splits,
+            store,
+            METRICS["class"][metrics[0]],
+            arguments.table_only,
         )
     finally:
         distributed.shutdown()
-    rows = make_rows(cells, store, splits.test.labels_N, metric, arguments.ours, splits.train.manifest.name)
+    rows = make_rows(cells, store, Truth.of(splits.test), metrics, arguments.ours, splits.train.manifest.name)
     text = markdown(rows, {name: entry.about for name, entry in METHODS.items()}, arguments.ours)
     write_results(arguments.out, "compare", rows, text, {"labelled": sizes(splits), "identity": identity})
     return text

@@ -10,7 +10,7 @@ import torch
 
 from lanistr.baselines import Subset
 from lanistr.baselines.features import features_of
-from lanistr.baselines.simple import Trees, _best, _Dense, _mean_embeddings, _probabilities, package_encoder
+from lanistr.baselines.simple import Majority, Trees, _best, _Dense, _mean_embeddings, _probabilities, package_encoder
 from lanistr.data.reader import GoldDataset
 from tests.model.support import make_modalities
 from tests.tiny_gold import CLASSES, write_gold
@@ -38,6 +38,14 @@ def open_tiny(folder: Path, split: str) -> Subset:
 def test_a_class_that_no_label_showed_has_probability_0() -> None:
     found = _probabilities(Fixed(0.25), np.zeros((2, 1)), 4)
     np.testing.assert_array_equal(found, [[0.25, 0, 0.75, 0]] * 2)
+
+
+def test_the_majority_answers_with_what_the_labels_are(tmp_path: Path) -> None:
+    train = open_tiny(tmp_path, "train")
+    few = replace(train, positions_N=np.flatnonzero(train.labels_N == train.labels_N[0])[:3])
+    found = Majority().fit(few, train, 0)(train)
+    assert found.shape == (len(train), train.classes)
+    assert (found[:, train.labels_N[0]] == 1).all()
 
 
 def test_choices_are_made_on_validation(tmp_path: Path) -> None:

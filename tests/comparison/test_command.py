@@ -84,7 +84,7 @@ def test_ablate_answers_for_samples_of_which_nothing_is_left(tmp_path: Path, rec
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "trees,forest"], "method 'forest': known are tfidf"),
+        (["--methods", "trees,forest"], "method 'forest': known are majority"),
         (["--metric", "auc"], "metric 'auc'"),
         (["--labels", "100"], "100 labels asked for"),
     ],

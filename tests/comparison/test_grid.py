@@ -10,7 +10,7 @@ from filelock import FileLock
 from lanistr.baselines import Predict, Subset
 from lanistr.comparison.cells import Answer, Cell, CellStore
 from lanistr.comparison.grid import Splits, run_grid
-from lanistr.comparison.table import make_rows, markdown
+from lanistr.comparison.table import Truth, make_rows, markdown
 from lanistr.metrics import accuracy
 from tests.model.support import NAMES, RECIPE
 from tests.tiny_gold import write_gold
@@ -103,7 +103,7 @@ def test_rows_pair_the_seeds_that_both_have(tmp_path: Path) -> None:
     cells = [Cell(name, 8, seed) for name, seed in shares]
     for cell, share in zip(cells, shares.values(), strict=True):
         store.save(cell, Answer(np.eye(2)[(np.arange(200) >= 200 * share).astype(int)], 2.0))
-    ours, rival = make_rows(cells, store, truth, "accuracy", "ours", "toy")
+    ours, rival = make_rows(cells, store, Truth(truth, np.arange(200)), ["accuracy"], "ours", "toy")
     assert (ours["mean"], ours["seeds"], ours["p_vs_ours"]) == (pytest.approx(0.95), 2, None)
     assert (rival["mean"], rival["seeds"]) == (pytest.approx(0.3), 3)
     assert rival["ours_minus_this"]["mean"] == pytest.approx(0.5)  # over the two seeds that ours has
@@ -112,3 +112,31 @@ def test_rows_pair_the_seeds_that_both_have(tmp_path: Path) -> None:
     text = markdown([ours, rival], {"rival": "one line"}, "ours")
     assert "| rival | 0.300 ± 0.265" in text
     assert "* `rival`: one line" in text
+
+
+def test_samples_of_one_group_are_one_witness(tmp_path: Path) -> None:
+    """Repeating every sample four times says nothing new: with groups the interval is that of the samples alone."""
+    store, rng = CellStore(tmp_path, {}), np.random.default_rng(0)
+    alone = np.eye(2)[rng.integers(0, 2, 100)]
+    cells = [Cell("once", 8, 0), Cell("four_times", 8, 0)]
+    for cell, repeats in zip(cells, (1, 4), strict=True):
+        store.save(cell, Answer(np.repeat(alone, repeats, axis=0), 1.0))
+
+    def interval(cell: Cell, groups_N: np.ndarray) -> list[float]:
+        truth = Truth(np.zeros(len(groups_N), dtype=np.int64), groups_N)
+        return make_rows([cell], store, truth, ["accuracy", "macro_f1"], cell.method, "toy")[0]["ci95"]
+
+    honest = interval(cells[0], np.arange(100))
+    assert interval(cells[1], np.repeat(np.arange(100), 4)) == honest
+    low, high = interval(cells[1], np.arange(400))
+    assert high - low < 0.7 * (honest[1] - honest[0])
+
+
+def test_each_metric_has_its_table(tmp_path: Path) -> None:
+    store, cell = CellStore(tmp_path, {}), Cell("ours", 8, 0)
+    store.save(cell, Answer(np.eye(2)[[0, 0, 0, 1]], 1.0))
+    rows = make_rows([cell], store, Truth(np.zeros(4, int), np.arange(4)), ["accuracy", "macro_f1"], "ours", "toy")
+    assert [(row["metric"], row["mean"]) for row in rows] == [("accuracy", 0.75), ("macro_f1", pytest.approx(3 / 7))]
+    text = markdown(rows, {}, "ours")
+    assert text.index("Test accuracy on toy") < text.index("| ours | 0.750") < text.index("Test macro_f1 on toy")
+    assert "| ours | 0.429" in text
