@@ -12,7 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lanistr.manifest import SPLITS, Manifest, ModalitySchema, Shard, Target, index_columns, item_members, sample_key
+from lanistr.manifest import (
+    SPLITS,
+    Manifest,
+    ModalitySchema,
+    Shard,
+    Target,
+    Tokenizer,
+    index_columns,
+    item_members,
+    sample_key,
+)
 from lanistr.transforms import MEMBERS, read_npy
 from tests.model.support import SCHEMAS, random_members
 
@@ -28,11 +38,14 @@ def write_gold(
     items: Mapping[str, int] | None = None,
     targets: Callable[[int], list[float]] | None = None,
     target: Target = "class",
+    members: Callable[[int, np.random.Generator], dict[str, dict[str, bytes]]] = lambda i, rng: random_members(rng),
+    tokenizer: str | None = None,
 ) -> Path:
     """Write ``n[split]`` samples per split; sample ``i`` has the modalities ``present(i)``.
 
     Where ``items`` allows a modality more than one, sample ``i`` has 1 + i modulo that many. ``targets(i)`` are the
-    numbers of sample ``i`` of a ``target`` that is no class.
+    numbers of sample ``i`` of a ``target`` that is no class. ``members(i, rng)`` are those of sample ``i``, all modalities;
+    ``tokenizer`` is the JSON of one.
     """
     schemas = {
         name: ModalitySchema(kind=name, members=MEMBERS[name], items=(items or {}).get(name, 1), spec=spec.model_dump())
@@ -43,10 +56,11 @@ def write_gold(
         (folder / split).mkdir(parents=True, exist_ok=True)
         for start in range(0, n.get(split, 0), per_shard):
             ids = range(start, min(start + per_shard, n[split]))
-            shards.append(_write_shard(folder, split, ids, schemas, present, seed, targets, target))
+            shards.append(_write_shard(folder, split, ids, schemas, present, seed, targets, target, members))
     manifest = Manifest(
         name="tiny",
         modalities=schemas,
+        tokenizer=_write_tokenizer(folder, tokenizer) if tokenizer else None,
         labels=CLASSES if targets is None else [f"t{j}" for j in range(len(targets(0)))],
         target=target,
         split_rule={},
@@ -61,6 +75,11 @@ def write_gold(
     return folder
 
 
+def _write_tokenizer(folder: Path, tokenizer: str) -> Tokenizer:
+    (folder / "tokenizer.json").write_text(tokenizer)
+    return Tokenizer(file="tokenizer.json", sha256=hashlib.sha256(tokenizer.encode()).hexdigest())
+
+
 def _write_shard(
     folder: Path,
     split: str,
@@ -70,13 +89,14 @@ def _write_shard(
     seed: int,
     targets: Callable[[int], list[float]] | None,
     target: Target,
+    make_members: Callable[[int, np.random.Generator], dict[str, dict[str, bytes]]],
 ) -> Shard:
     path = f"{split}/tiny-{split}-{ids.start:05d}.tar"
     rows: list[dict[str, Any]] = []
     with tarfile.open(folder / path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in ids:
             names = [name for name in schemas if name in present(i)]
-            members = random_members(np.random.default_rng([seed, i, len(split)]))
+            members = make_members(i, np.random.default_rng([seed, i, len(split)]))
             files = {"json": b"{}"} | {m: data for name in names for m, data in members[name].items()}
             for name in names:
                 for item in range(1, 1 + i % schemas[name].items):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lanistr.baselines import Method
+from lanistr.baselines.late_fusion import LateFusionMethod
+from lanistr.baselines.medfuse import MedFuseMethod
 from lanistr.baselines.ours import LanistrMethod, Pretraining
 from lanistr.baselines.simple import LinearProbe, Majority, TfidfLogistic, Trees, package_encoder
 from lanistr.config import Recipe
@@ -74,6 +76,21 @@ METHODS: dict[str, Entry] = {
         ("text",),
         "sklearn",
     ),
+    "latefusion": Entry(
+        "LateFusion: an encoder per modality, means of their projected tokens side by side (absent = zeros), an MLP; "
+        "trained end-to-end on the labelled samples",
+        lambda s: LateFusionMethod(s.recipe),
+    ),
+    "medfuse": Entry(
+        "MedFuse, as in the paper on image and time series: encoders trained one by one, then an LSTM over what is "
+        "present; its 14-way X-ray stage is skipped, its labels are not there",
+        lambda s: MedFuseMethod(s.recipe, ("image", "timeseries")),
+        ("image", "timeseries"),
+    ),
+    "medfuse_all": Entry(
+        "the same over all modalities (the image without a stage of its own)",
+        lambda s: MedFuseMethod(s.recipe, None),
+    ),
     "lanistr_scratch": Entry(
         "LANISTR without pretraining, everything trained",
         lambda s: LanistrMethod(s.recipe, s.work / "lanistr_scratch", s.ds_config, None),
@@ -95,14 +112,28 @@ def make_methods(names: list[str] | None, kinds: set[str], setting: Setting) -> 
     Raises:
         ValueError: an unknown name; one that needs a modality that is not there.
     """
-    chosen = names or [name for name, entry in METHODS.items() if kinds.issuperset(entry.needs)]
+    reasons = unfit(kinds)
+    chosen = names or [name for name in METHODS if name not in reasons]
     for name in chosen:
         if name not in METHODS:
             raise ValueError(f"method {name!r}: known are {', '.join(METHODS)}")
-        lacking = set(METHODS[name].needs) - kinds
-        if lacking:
-            raise ValueError(f"method {name} needs {' and '.join(sorted(lacking))}; the dataset has {', '.join(kinds)}")
+        if name in reasons:
+            raise ValueError(f"method {name} {reasons[name]}")
         package = METHODS[name].package
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(f"method {name} needs {package}: pip install 'lanistr[baselines]'")
     return {name: METHODS[name].make(setting) for name in chosen}
+
+
+def unfit(kinds: set[str]) -> dict[str, str]:
+    """Why the methods that do not fit a dataset do not, by name.
+
+    Args:
+        kinds: of the modalities that dataset and recipe share.
+    """
+    lacking = {name: set(entry.needs) - kinds for name, entry in METHODS.items()}
+    return {
+        name: f"needs {' and '.join(sorted(missing))}; dataset and recipe share {', '.join(sorted(kinds))}"
+        for name, missing in lacking.items()
+        if missing
+    }

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from lanistr.baselines.ours import Pretraining
-from lanistr.baselines.registry import METHODS, Setting, make_methods
+from lanistr.baselines.registry import METHODS, Setting, make_methods, unfit
 from lanistr.comparison.cells import CellStore
 from lanistr.comparison.grid import Splits, run_grid
 from lanistr.comparison.table import Truth, make_rows, markdown, write_results
@@ -46,7 +46,7 @@ def compare_methods(arguments: argparse.Namespace) -> str:
     finally:
         distributed.shutdown()
     rows = make_rows(cells, store, Truth.of(splits.test), metrics, arguments.ours, splits.train.manifest.name)
-    text = markdown(rows, {name: entry.about for name, entry in METHODS.items()}, arguments.ours)
+    text = markdown(rows, {name: entry.about for name, entry in METHODS.items()}, arguments.ours, unfit(kinds))
     write_results(arguments.out, "compare", rows, text, {"labelled": sizes(splits), "identity": identity})
     return text
 

@@ -92,8 +92,17 @@ def _against(theirs: Mapping[int, Answer], ours: Mapping[int, Answer], truth: Tr
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]], about: Mapping[str, str], ours: str) -> str:
-    """A table per metric, with one line per method and two columns per number of labels."""
+def markdown(
+    rows: Sequence[dict[str, Any]], about: Mapping[str, str], ours: str, unfit: Mapping[str, str] | None = None
+) -> str:
+    """A table per metric, with one line per method and two columns per number of labels.
+
+    Args:
+        rows: of `make_rows`.
+        about: a line per method.
+        ours: the method that p-values are against.
+        unfit: why methods cannot be there, by name.
+    """
     if not rows:
         return "no cell is finished\n"
     metrics = dict.fromkeys(row["metric"] for row in rows)
@@ -105,6 +114,7 @@ def markdown(rows: Sequence[dict[str, Any]], about: Mapping[str, str], ours: str
         "for the number of comparisons. Seconds: fitting and predicting one model, pretraining not counted.",
         "",
         *(f"* `{method}`: {about[method]}" for method in methods if method in about),
+        *(f"* `{method}` does not fit: {reason}" for method, reason in (unfit or {}).items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,88 @@
+"""LateFusion, the paper's simplest baseline: an encoder and a projection per modality, one MLP on all of them.
+
+Paper, section "Baselines": modality-specific encoders, a projection layer for each, all embeddings concatenated, a
+classifier head; everything trained end-to-end on the labelled data, from pretrained BERT and ViT where the recipe
+names them.
+
+Shape suffixes: B samples, M modalities, D width of a projection, C classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lanistr.baselines import Predict, Subset
+from lanistr.baselines.trainer import Classifier, fit_classifier, pick_device, seeded, with_seed
+from lanistr.batch import Batch
+from lanistr.config import ModelConfig, Recipe
+from lanistr.modalities.base import Modality, ModalityEncoder
+from lanistr.ops.attention import resolve_backend
+from lanistr.tasks import make_classifier, mean_by_modality, slots_present
+
+
+class Encoders(nn.Module):
+    """Encoders, each with its projection, and no fusion: a vector per modality of a sample.
+
+    Args:
+        encoders: by name; those of all modalities in use.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module]):
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+
+    @classmethod
+    def build(cls, config: ModelConfig, modalities: Mapping[str, Modality[Any, Any]], device: str) -> "Encoders":
+        """Fresh ones of the recipe's sizes, for that kind of device, without the heads of pretraining."""
+        backend = resolve_backend(config.attention, device)
+        built = {name: modality.build(config.fusion.width, backend) for name, modality in modalities.items()}
+        for encoder in built.values():
+            encoder.head = nn.Identity()
+        return cls(built)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, M, D) float32: the mean of a modality's projected tokens; zeros where it is absent."""
+        pools = []
+        for name, module in self.encoders.items():
+            encoder, inputs = cast(ModalityEncoder[Any], module), batch.inputs[name]
+            pools.append(encoder.project(encoder.encode(inputs), inputs))
+        nothing_1D = pools[0].new_zeros(1, pools[0].shape[1])  # stands where LANISTR has its [CLS]
+        tokens_TD = torch.cat([nothing_1D, *pools]).index_select(0, batch.fusion.gather_T)
+        return mean_by_modality(tokens_TD, batch, len(pools))[:, 1:]
+
+    def present(self, batch: Batch) -> Tensor:
+        """(B, M) float32: 1 where a sample has the modality."""
+        return slots_present(batch, len(self.encoders))[:, 1:]
+
+
+class LateFusion(Classifier):
+    """Concatenation and an MLP."""
+
+    def __init__(self, encoders: Encoders, classes: int, recipe: Recipe):
+        super().__init__(classes)
+        self.encoders = encoders
+        width = recipe.model.fusion.width * len(encoders.encoders)
+        self.classifier = make_classifier(width, classes, recipe.finetune)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C)."""
+        return self.classifier(self.encoders(batch).flatten(1))
+
+
+@dataclass(frozen=True)
+class LateFusionMethod:
+    """Trained on all labelled samples; an absent modality is a vector of zeros."""
+
+    recipe: Recipe
+
+    def fit(self, train: Subset, val: Subset, seed: int) -> Predict:
+        """See `Method`."""
+        recipe = with_seed(self.recipe, seed)
+        with seeded(seed):
+            encoders = Encoders.build(recipe.model, train.dataset.modalities, pick_device().type)
+            task = LateFusion(encoders, train.classes, recipe)
+        task.weigh(train, recipe.finetune)
+        return fit_classifier(task, train, val, recipe)
