@@ -37,6 +37,7 @@ bench: setup  ## benchmarks; results in benchmarks/results
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results/engine-cpu.json
 	$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
 	$(BIN)/python benchmarks/etl.py --out benchmarks/results/etl-cpu.json
+	$(BIN)/python benchmarks/finetune_cache.py --out benchmarks/results/finetune_cache-cpu.json
 
 clean:  ## remove what demo and tests made (not .venv)
 	rm -rf runs raw lake .pytest_cache .ruff_cache
