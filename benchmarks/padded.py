@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu
 
 from lanistr.batch import Batch, Layout
 from lanistr.losses import simsiam_loss
 from lanistr.modalities.image import ImageInput, _normalise, cut
 from lanistr.modalities.text import TextInput
 from lanistr.modalities.timeseries import SeriesInput
-from lanistr.ops.transformer import Block
+from lanistr.ops.transformer import Block, dense_block
 from lanistr.tasks import Pretrain
 
 
@@ -31,24 +31,6 @@ class Part:
     tokens_NLD: Tensor
     keep_NL: Tensor
     total: Tensor
-
-
-def dense_block(block: Block, x_NLD: Tensor, keep_NL: Tensor) -> Tensor:
-    """`Block` over a dense tensor with a key mask."""
-
-    def attend(y_NLD: Tensor) -> Tensor:
-        q, k, v = block.qkv(y_NLD).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=keep_NL[:, None, None, :])
-        return block.out(out.transpose(1, 2).flatten(2))
-
-    def mlp(y_NLD: Tensor) -> Tensor:
-        return block.down(gelu(block.up(y_NLD)))
-
-    if block.pre_norm:
-        x_NLD = x_NLD + attend(block.norm1(x_NLD))
-        return x_NLD + mlp(block.norm2(x_NLD))
-    x_NLD = block.norm1(x_NLD + attend(x_NLD))
-    return block.norm2(x_NLD + mlp(x_NLD))
 
 
 def unpack(values_T: Tensor, layout: Layout, length: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +48,7 @@ def padded_loss(task: Pretrain, batch: Batch, bert: nn.Module, longest: dict[str
     Args:
         task: holds the parameters.
         batch: ours; text and table or series in every sample, images in some.
-        bert: Hugging Face's dense BERT with the task's parameters (`dense_bert`).
+        bert: Hugging Face's dense BERT with the task's parameters (`lanistr.modalities.padded.dense_bert`).
         longest: padded length of text and series.
     """
     prepared = {name: _PREPARE[name](task, batch, bert, longest) for name in batch.inputs}
@@ -78,19 +60,6 @@ def padded_loss(task: Pretrain, batch: Batch, bert: nn.Module, longest: dict[str
         return torch.stack([task.weights[n] * t / max(batch.counts[n], 1) for n, t in totals.items()]).sum()
 
     return loss
-
-
-def dense_bert(task: Pretrain) -> nn.Module:
-    """Hugging Face's BERT with scaled dot product attention, sharing every parameter with the packed one."""
-    packed: Any = task.model.encoder("text").encoder
-    config = type(packed.config).from_dict(packed.config.to_dict())
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        dense = type(packed)(config, add_pooling_layer=False)
-    dense.load_state_dict(packed.state_dict(keep_vars=True), assign=True, strict=False)
-    for name, buffer in packed.named_buffers():
-        dense.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer, persistent=False)
-    return dense
 
 
 def _text(task: Pretrain, batch: Batch, bert: nn.Module, longest: dict[str, int]) -> Callable[[], Part]:

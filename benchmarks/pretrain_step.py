@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import _harness
-from benchmarks.padded import dense_bert, padded_loss
+from benchmarks.padded import padded_loss
 from lanistr.batch import Batch, map_leaves, to_device
 from lanistr.config import Recipe, load_recipe
 from lanistr.data.loader import Collator
@@ -41,6 +41,7 @@ from lanistr.data.samples import Sample
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities import MODALITIES
 from lanistr.modalities.base import Modality
+from lanistr.modalities.padded import dense_bert
 from lanistr.modalities.tabular import Row
 from lanistr.modalities.timeseries import Series
 from lanistr.model.lanistr import Lanistr, build_model
@@ -166,7 +167,7 @@ def make_setting(case: Case, dtype: torch.dtype = torch.float32) -> Setting:
     batch = map_leaves(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
     for parameter in task.parameters():
         parameter.grad = torch.empty_like(parameter).fill_(0)  # so that peak memory is counted above all gradients
-    bert = dense_bert(task)
+    bert = dense_bert(task.model.encoder("text").encoder)
     longest = {
         "padded_masked": {"text": max(case.lengths), "timeseries": STEPS},
         "pad_to_max": {"text": 512, "timeseries": STEPS},

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("source", type=Path, metavar="RUN", help="of pretraining or fine-tuning")
     export.add_argument("--out", type=Path, required=True, help="new folder")
     export.add_argument("--data", type=Path, help="gold dataset, for a run that keeps no tokenizer")
+    export.add_argument("--onnx", action="store_true", help="also model.onnx: padded tensors and masks in, answers out")
     export.set_defaults(run=_export)
     report = commands.add_parser("report", help="of a pretraining run and models tuned from it, or of methods compared")
     report.add_argument("--pretrain", type=Path, help="run folder of pretraining")
@@ -92,7 +93,7 @@ def _describe(arguments: argparse.Namespace) -> str:
 def _export(arguments: argparse.Namespace) -> str:
     from lanistr.export import export_run
 
-    out = export_run(arguments.source, arguments.out, arguments.data)
+    out = export_run(arguments.source, arguments.out, arguments.data, arguments.onnx)
     return f"{out}: " + ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(out.iterdir()))
 
 

@@ -13,7 +13,7 @@ from lanistr.config import ModelConfig, Recipe, load_recipe
 from lanistr.data.reader import load_manifest, load_tokenizer_bytes
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities import modalities_of
-from lanistr.model.exported import CONFIG, FORMAT, SCHEMA, TOKENIZER, WEIGHTS, ExportConfig
+from lanistr.model.exported import CONFIG, FORMAT, SCHEMA, TOKENIZER, WEIGHTS, ExportConfig, read_export
 from lanistr.model.lanistr import Lanistr
 from lanistr.training import transfer
 from lanistr.training.checkpoint import WEIGHTS as RUN_WEIGHTS
@@ -21,7 +21,7 @@ from lanistr.training.run import TOKENIZER as RUN_TOKENIZER
 from lanistr.training.run import read_run
 
 
-def export_run(run: Path, out: Path, data: Path | None = None) -> Path:
+def export_run(run: Path, out: Path, data: Path | None = None, onnx: bool = False) -> Path:
     """Export the best weights of a fine-tuning run, or the newest of a pretraining run, as float32.
 
     The folder appears whole, after the model was built from it once, or not at all.
@@ -30,9 +30,10 @@ def export_run(run: Path, out: Path, data: Path | None = None) -> Path:
         run: run folder.
         out: new folder.
         data: gold dataset with the tokenizer, for a run that does not keep it (made before runs did).
+        onnx: also write ``model.onnx``, see `lanistr.onnx.export_onnx`.
 
     Raises:
-        ValueError: no run, no weights, no tokenizer, or ``out`` exists.
+        ValueError: no run, no weights, no tokenizer, or ``out`` exists; as `lanistr.onnx.export_onnx`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already; give another --out")
@@ -53,6 +54,10 @@ def export_run(run: Path, out: Path, data: Path | None = None) -> Path:
             (temporary / TOKENIZER).write_bytes(tokenizer)
         save_file(weights, str(temporary / WEIGHTS), metadata={"format": "pt"})
         Lanistr.from_pretrained(temporary)
+        if onnx:
+            from lanistr.onnx import ONNX, export_onnx
+
+            export_onnx(read_export(temporary), temporary / ONNX)
         if out.exists():
             out.rmdir()
         os.replace(temporary, out)

@@ -322,7 +322,7 @@ class ImageEncoder(ModalityEncoder[ImageInput]):
             mask_NP1 = inputs.mask_NP1.to(x_NPD.dtype)
             x_NPD = torch.cat([x_NPD, x_NPD])
             x_NPD = x_NPD * (1 - mask_NP1) + self.head.mask_token * mask_NP1
-        cls_N1D = embeddings.cls_token.expand(len(x_NPD), 1, -1)
+        cls_N1D = embeddings.cls_token.expand(x_NPD.shape[0], 1, -1)
         x_NPD = torch.cat([cls_N1D, x_NPD], dim=1)
         x_NPD = x_NPD + embeddings.position_embeddings[:, : x_NPD.shape[1]]
         for layer in self.encoder.layers:

@@ -265,7 +265,7 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
         """(views * N * S, D): the step outputs of each row."""
         tabnet = self.encoder
         x_NX = tabnet.embed(inputs.numeric_NR, inputs.categories_NC)
-        prior_NK = x_NX.new_ones(len(x_NX), self.numeric + len(self.cardinality))
+        prior_NK = x_NX.new_ones(x_NX.shape[0], self.numeric + len(self.cardinality))
         if inputs.keep_NK is None:
             return tabnet(x_NX, prior_NK, 1, inputs.batch_statistics).flatten(0, 1)
         keep_NK = inputs.keep_NK.to(x_NX.dtype)

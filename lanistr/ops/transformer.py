@@ -1,12 +1,13 @@
 """The transformer layer of the fusion and time-series encoders, over packed rows.
 
-Shape suffixes: T packed rows, D width, H heads, K head width.
+Shape suffixes: T packed rows, D width, H heads, K head width, N padded sequences, L their length.
 """
 
 from collections.abc import Iterable
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from lanistr.batch import Layout
@@ -76,6 +77,30 @@ class Block(nn.Module):
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(x_TD)))
+
+
+def dense_block(block: Block, x_NLD: Tensor, keep_NL: Tensor) -> Tensor:
+    """`Block` over padded sequences with a key mask: another way to the same rows, for graphs that cannot pack.
+
+    Args:
+        block: its parameters.
+        x_NLD: padded.
+        keep_NL: bool, at least one per sequence.
+    """
+
+    def attend(y_NLD: Tensor) -> Tensor:
+        q, k, v = block.qkv(y_NLD).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=keep_NL[:, None, None, :])
+        return block.out(out.transpose(1, 2).flatten(2))
+
+    def mlp(y_NLD: Tensor) -> Tensor:
+        return block.down(nn.functional.gelu(block.up(y_NLD)))
+
+    if block.pre_norm:
+        x_NLD = x_NLD + attend(block.norm1(x_NLD))
+        return x_NLD + mlp(block.norm2(x_NLD))
+    x_NLD = block.norm1(x_NLD + attend(x_NLD))
+    return block.norm2(x_NLD + mlp(x_NLD))
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
