@@ -1,70 +1,75 @@
 """Does pretraining pay with few labels? The same model, fine-tuned from a run and from scratch, on the same draws.
 
-``python benchmarks/few_labels.py --from RUN --data GOLD --labels 200 --seeds 3 --out results.json``. Nothing is frozen in
-either arm; both keep their best step on validation; the test split is read once per model. Settings are the recipe's.
+``python benchmarks/few_labels.py --from RUN --data GOLD --labels 50,200,800 --seeds 5 --work DIR --out results.json``.
+
+Nothing is frozen in either arm; each is trained for the same number of steps whatever the labels, keeps its best step on
+validation, and reads the test split once per model. Everything else is the recipe of the run. Finished models are kept in
+``--work``. With ``--truth truth.json`` of the demo's data the rows say what is reachable.
 """
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
+import logging
+import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._harness import ROOT, write_result
+from lanistr.baselines.ours import LanistrMethod
+from lanistr.comparison.cells import CellStore
+from lanistr.comparison.command import label_counts, prepare
+from lanistr.comparison.compare import identify
+from lanistr.comparison.grid import Splits, run_grid
+from lanistr.comparison.table import Truth, make_rows, markdown
+from lanistr.config import Recipe, load_recipe
+from lanistr.metrics import METRICS
+from lanistr.training import distributed
 
-ARMS = ("pretrained", "scratch")
-
-
-def accuracy(source: str, arguments: argparse.Namespace, seed: int, run: Path) -> float:
-    """Test accuracy of one model fine-tuned from ``source`` (a run, or none)."""
-    recipe = ["--recipe", str(Path(arguments.source) / "recipe.yaml")]
-    shared = [*recipe, "--data", str(arguments.data), "--run", str(run)]
-    tune = ["--from", source, "--labels", str(arguments.labels), "--seed", str(seed), "--freeze", "none"]
-    epochs = [f"finetune.epochs={arguments.epochs}", f"finetune.eval_every={max(1, arguments.epochs // 6)}"]
-    zero = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json")]
-    _run([sys.executable, "launchers/finetune.py", *zero, *shared, *tune, *epochs], run)
-    _run([sys.executable, "launchers/evaluate.py", "--run", str(run), "--data", str(arguments.data)], run)
-    result = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return result["metrics"]["accuracy"]["value"]
+METRIC = "accuracy"
+ABOUT = {"pretrained": "fine-tuned from the run", "scratch": "the same model without it"}
+ZERO = ROOT / "ds_configs" / "zero2.json"
 
 
-def _run(command: list[str], run: Path) -> None:
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, env=_one_rank())
-    if done.returncode:
-        raise ValueError(f"{run.name}: {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+def schedule(recipe: Recipe, labels: int, steps: int, looks: int) -> Recipe:
+    """The recipe with ``steps`` updates on ``labels`` samples, and about ``looks`` validations, the last one at the end."""
+    per_epoch = labels // recipe.finetune.global_batch
+    if not per_epoch:
+        raise ValueError(f"{labels} labels are less than a batch; give finetune.global_batch={labels} or fewer")
+    eval_every = max(1, round(steps / looks / per_epoch))
+    epochs = eval_every * math.ceil(steps / (eval_every * per_epoch))
+    changes = {"epochs": epochs, "max_steps": None, "eval_every": eval_every, "freeze": "none", "save_every": 1 << 30}
+    return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})
 
 
-def _one_rank() -> dict[str, str]:
-    """The environment without what a distributed launcher may have left in it."""
-    return {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per label count and arm: accuracy, interval, and the paired test of pretraining against none."""
+    recipe = load_recipe(str(arguments.source / "recipe.yaml"), arguments.overrides)
+    splits = Splits.open(recipe, arguments.data)
+    identity = identify(splits, recipe, arguments) | {"steps": arguments.steps, "from": str(arguments.source)}
+    store, cells = CellStore(arguments.work, identity), []
+    for labels in arguments.labels:
+        count = labels or len(splits.draw(None, 0))
+        scheduled = schedule(recipe, count, arguments.steps, arguments.looks)
+        sources = {"pretrained": arguments.source, "scratch": None}
+        methods = {
+            arm: LanistrMethod(scheduled, arguments.work / "runs" / arm, ZERO, source)
+            for arm, source in sources.items()
+        }
+        cells += run_grid(methods, [labels], arguments.seeds, splits, store, METRICS["class"][METRIC])
+    distributed.shutdown()
+    rows = make_rows(cells, store, Truth.of(splits.test), [METRIC], "pretrained", splits.train.manifest.name)
+    print(markdown(rows, ABOUT, "pretrained"))
+    return [row | _reachable(arguments.truth, row["mean"]) for row in rows]
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both arms over all seeds: accuracies, the mean of the paired differences and its standard error."""
-    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(arguments.seeds):
-            for arm in ARMS:
-                source = str(arguments.source) if arm == "pretrained" else "none"
-                found[arm].append(accuracy(source, arguments, seed, Path(folder) / f"{arm}-{seed}"))
-                print(f"seed {seed}  {arm:<11}{found[arm][-1]:.4f}", flush=True)
-    differences = [a - b for a, b in zip(*found.values(), strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    print(f"pretrained - scratch: {mean:+.4f}, standard error {error:.4f} over {arguments.seeds} seeds")
-    case = f"labels={arguments.labels}/epochs={arguments.epochs}"
-    return {
-        "case": case,
-        "comparator": "scratch",
-        "accuracy": found,
-        "mean_difference": mean,
-        "standard_error": error,
-    }
+def _reachable(truth: Path | None, accuracy: float) -> dict[str, float]:
+    if truth is None:
+        return {}
+    bayes = json.loads(truth.read_text(encoding="utf-8"))["bayes_accuracy_with_missing"]
+    return {"bayes_accuracy": bayes, "below_bayes": bayes - accuracy}
 
 
 def main() -> None:
@@ -72,14 +77,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Does pretraining pay with few labels?")
     parser.add_argument("--from", dest="source", type=Path, required=True, help="pretraining run")
     parser.add_argument("--data", type=Path, required=True, help="gold dataset")
-    parser.add_argument("--labels", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--labels", type=label_counts, default=[50, 200, 800], help="for example 50,200,800,all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="updates of each model, whatever the labels")
+    parser.add_argument("--looks", type=int, default=5, help="validations in these steps")
+    parser.add_argument("--truth", type=Path, help="truth.json of the demo's data")
+    parser.add_argument("--work", type=Path, required=True, help="finished models' answers go here")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for example finetune.lr=1e-3")
     arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error("--seeds: at least 2, for a standard error")
-    write_result(arguments.out, "few_labels", [compare(arguments)])
+    arguments.pretrain_data, arguments.pretrain_seeds = None, 1
+    prepare(verbose=False)
+    logging.getLogger("lanistr.comparison").setLevel(logging.INFO)
+    write_result(arguments.out, "few_labels", compare(arguments))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,8 @@ class FinetuneConfig(OptimizerConfig):
     Attributes:
         freeze: what stays as it is, in eval mode: ``encoders`` = all unimodal encoders (paper), ``none``, or a list of
             modalities (their encoders), ``projections`` and ``fusion``.
+        pretrained_lr: learning rate of the unimodal encoders that start from a run or from published weights, as a share
+            of ``lr``; 1, as in the paper, moves them as fast as what is new.
         transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
             start afresh: for runs whose fusion has collapsed).
         pooling: what the classifier sees: the fusion ``cls`` token (paper), the ``mean`` of a sample's fused tokens, or
@@ -204,6 +206,7 @@ class FinetuneConfig(OptimizerConfig):
     """
 
     freeze: Literal["encoders", "none"] | list[str] = "encoders"
+    pretrained_lr: float = Field(default=1.0, gt=0, le=1)
     transfer: Literal["all", "encoders"] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
     unimodal: float = Field(default=0.0, ge=0)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,10 +53,10 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class LanistrMethod:
-    """Fine-tuning from a pretraining run, or with everything trained from the start.
+    """Fine-tuning from a pretraining run, or without one.
 
     Attributes:
-        recipe: its ``finetune`` block counts; from scratch nothing is frozen.
+        recipe: its ``finetune`` block counts; without a run only encoders with published weights stay frozen.
         work: folder for the run, which is removed once its best weights are in memory.
         ds_config: ZeRO configuration.
         source: where to start; None = from scratch.
@@ -75,7 +76,9 @@ class LanistrMethod:
         """See `Method`."""
         drawn = train.dataset.labelled(len(train), seed)
         assert np.array_equal(drawn, train.positions_N), "the draw that fine-tuning itself makes"
-        changes = {"seed": seed} | ({"freeze": "none"} if self.source is None else {})
+        changes: dict[str, Any] = {"seed": seed}
+        if self.source is None:
+            changes["freeze"] = _published(self.recipe)
         tuned = self.recipe.model_copy(update={"finetune": self.recipe.finetune.model_copy(update=changes)})
         source = self.source.run(seed) if isinstance(self.source, Pretraining) else self.source
         run = self.work / f"run-{len(train)}-{seed}"
@@ -86,6 +89,12 @@ class LanistrMethod:
         predict_subset = _load(run, train)
         shutil.rmtree(run)
         return predict_subset
+
+
+def _published(recipe: Recipe) -> list[str]:
+    """Of the encoders that the recipe freezes those that start from published weights: the others know nothing yet."""
+    blocks = recipe.model.modalities
+    return [name for name in recipe.finetune.frozen(list(blocks)) if blocks.get(name, {}).get("pretrained")]
 
 
 def _join() -> None:

@@ -92,7 +92,7 @@ METHODS: dict[str, Entry] = {
         lambda s: MedFuseMethod(s.recipe, None),
     ),
     "lanistr_scratch": Entry(
-        "LANISTR without pretraining, everything trained",
+        "LANISTR without pretraining; encoders without published weights are trained",
         lambda s: LanistrMethod(s.recipe, s.work / "lanistr_scratch", s.ds_config, None),
     ),
     "lanistr": Entry(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lanistr.batch import Batch, to_device
 from lanistr.training import distributed
+from lanistr.training.parameters import parameter_groups
 from lanistr.training.shards import Shards, load_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -103,21 +104,6 @@ def _build_cpu_adam() -> None:
     distributed.barrier()
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; biases, norms, embeddings and tokens do not."""
-    no_decay = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    plain = [
-        p
-        for n, p in trainable
-        if p.ndim < 2 or id(p) in no_decay or n.endswith(("positions", "cls", "embeddings", "cls_token"))
-    ]
-    plain_ids = {id(p) for p in plain}
-    decayed = [p for _, p in trainable if id(p) not in plain_ids]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 class Task(Protocol):
     """What the engine needs of a task; see `lanistr.tasks`."""
 
@@ -131,17 +117,23 @@ class Engine:
         task: `lanistr.tasks`; its ``weights`` are the lambdas.
         config: filled by `fill_config`.
         device: of this rank.
-        weight_decay: of the decayed parameters.
+        weight_decay, lr_shares: see `parameter_groups`.
     """
 
-    def __init__(self, task: "Task", config: dict[str, Any], device: torch.device, weight_decay: float):
+    def __init__(
+        self,
+        task: "Task",
+        config: dict[str, Any],
+        device: torch.device,
+        weight_decay: float,
+        lr_shares: Mapping[str, float] | None = None,
+    ):
         deepspeed = _import_deepspeed()
         self.task, self.config, self.device = task, config, device
         if self.layout["offload"]:
             _build_cpu_adam()
-        self._engine, *_ = deepspeed.initialize(
-            model=task, model_parameters=parameter_groups(cast(nn.Module, task), weight_decay), config=config
-        )
+        groups = parameter_groups(cast(nn.Module, task), weight_decay, lr_shares)
+        self._engine, *_ = deepspeed.initialize(model=task, model_parameters=groups, config=config)
         self.weights = task.weights
         self._norm: float | None = None
         self._engine._copy_recovery_script = lambda save_path: None  # our weights are whole without a script
@@ -196,7 +188,7 @@ class Engine:
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_share", 1.0)
         names = list(self.weights)
         skipped = False
         own = [sum(batch.counts.get(name, 0.0) for batch in micro_batches) for name in names]

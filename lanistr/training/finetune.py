@@ -24,7 +24,7 @@ from lanistr.training.loop import train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.summary import write_summary
 from lanistr.training.tracking import fill_trackers
-from lanistr.training.transfer import pretrained_weights, refuse_untrained, transfer
+from lanistr.training.transfer import pretrained_encoders, pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def finetune(
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     extra = {"task": "finetune", "from": str(source) if source else None, "n_labels": len(positions)}
     describe_run(run, recipe, manifest, filled, extra, load_tokenizer_bytes(data, recipe.data, manifest))
-    engine = Engine(task, filled, device, config.weight_decay)
+    shares = dict.fromkeys(pretrained_encoders(task, report), config.pretrained_lr)
+    engine = Engine(task, filled, device, config.weight_decay, shares)
     keeper = BestKeeper(engine, val, config, loader.steps_per_epoch, run)
     steps = train(
         engine,

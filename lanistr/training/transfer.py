@@ -61,6 +61,13 @@ def transfer(
     return copy_weights(task, stored, str(path), sorted(notes))
 
 
+def pretrained_encoders(task: Finetune, report: LoadReport | None) -> list[str]:
+    """Prefixes of the parameters of the unimodal encoders that start from a run or from published weights."""
+    loaded = report.loaded if report else []
+    prefixes = {f"model.encoders.{name}.encoder.": task.model.encoder(name).pretrained for name in task.model.encoders}
+    return [prefix for prefix, published in prefixes.items() if published or any(n.startswith(prefix) for n in loaded)]
+
+
 def refuse_untrained(task: Finetune, report: LoadReport | None, parts: Sequence[str]) -> None:
     """Raises ValueError where freezing would keep a part at its random start for ever."""
     loaded = report.loaded if report else []

@@ -16,7 +16,7 @@ import torch
 
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
-from lanistr.training.engine import parameter_groups
+from lanistr.training.parameters import parameter_groups
 from lanistr.training.schedule import lr_at
 from tests.model.support import NAMES, RECIPE, make_modalities, make_pretrain
 from tests.ranks import finish, launch
