@@ -9,6 +9,7 @@ from lanistr.baselines import Method
 from lanistr.baselines.late_fusion import LateFusionMethod
 from lanistr.baselines.medfuse import MedFuseMethod
 from lanistr.baselines.ours import LanistrMethod, Pretraining
+from lanistr.baselines.pretrained import AlbefMethod, Tab2TxtMethod
 from lanistr.baselines.simple import LinearProbe, Majority, TfidfLogistic, Trees, package_encoder
 from lanistr.config import Recipe
 
@@ -22,6 +23,8 @@ class Setting:
         work: folder for runs.
         ds_config: ZeRO configuration of LANISTR's runs.
         source: where pretrained LANISTR starts.
+        unlabelled: gold dataset that the other methods pretrain on.
+        pretrain_seeds: how often they do.
         text_encoder: folder of a pretrained BERT with its tokenizer; None = the package's MiniLM.
     """
 
@@ -29,6 +32,8 @@ class Setting:
     work: Path
     ds_config: Path
     source: Pretraining | Path
+    unlabelled: Path
+    pretrain_seeds: int
     text_encoder: Path | None = None
 
     def encoder(self) -> Path:
@@ -90,6 +95,22 @@ METHODS: dict[str, Entry] = {
     "medfuse_all": Entry(
         "the same over all modalities (the image without a stage of its own)",
         lambda s: MedFuseMethod(s.recipe, None),
+    ),
+    "albef": Entry(
+        "ALBEF on text and image: contrast with momentum encoders and a queue, matching, masked words; then fine-tuned; "
+        "pretrained on the text and image of all samples that have a text",
+        lambda s: AlbefMethod(s.recipe, s.unlabelled, s.work / "albef", s.pretrain_seeds),
+        ("text", "image"),
+    ),
+    "albef_tab2txt": Entry(
+        "the same with the table as words before the text",
+        lambda s: AlbefMethod(s.recipe, s.unlabelled, s.work / "albef_tab2txt", s.pretrain_seeds, tables=True),
+        ("text", "image", "tabular"),
+    ),
+    "tab2txt": Entry(
+        "LANISTR, pretrained, with the table as words before the text and no encoder of its own",
+        lambda s: Tab2TxtMethod(s.recipe, s.unlabelled, s.work / "tab2txt", s.pretrain_seeds),
+        ("text", "tabular"),
     ),
     "lanistr_scratch": Entry(
         "LANISTR without pretraining; encoders without published weights are trained",

@@ -23,11 +23,17 @@ def compare_methods(arguments: argparse.Namespace) -> str:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     metrics = [find_metric("class", name) for name in arguments.metric]
     splits = Splits.open(recipe, arguments.data)
-    pretraining = Pretraining(
-        recipe, arguments.pretrain_data or arguments.data, arguments.out, arguments.pretrain_seeds, arguments.deepspeed
+    unlabelled, seeds = arguments.pretrain_data or arguments.data, arguments.pretrain_seeds
+    pretraining = Pretraining(recipe, unlabelled, arguments.out, seeds, arguments.deepspeed)
+    setting = Setting(
+        recipe,
+        arguments.out / "runs",
+        arguments.deepspeed,
+        arguments.source or pretraining,
+        unlabelled,
+        seeds,
+        arguments.text_encoder,
     )
-    source, runs = arguments.source or pretraining, arguments.out / "runs"
-    setting = Setting(recipe, runs, arguments.deepspeed, source, arguments.text_encoder)
     kinds = {modality.kind for modality in splits.train.modalities.values()}
     methods = make_methods(arguments.methods, kinds, setting)
     identity = identify(splits, recipe, arguments)

@@ -10,7 +10,7 @@ from tests.model.support import RECIPE
 
 
 def make_setting(folder: Path) -> Setting:
-    return Setting(RECIPE, folder, folder / "zero2.json", folder / "pretrained")
+    return Setting(RECIPE, folder, folder / "zero2.json", folder / "pretrained", folder / "gold", 1)
 
 
 def test_all_that_fit_are_made_and_the_others_are_named_with_the_reason(tmp_path: Path) -> None:

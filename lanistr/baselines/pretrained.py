@@ -1,0 +1,173 @@
+"""Baselines that learn from unlabelled samples first, by the plain loop: LANISTR on Tab2Txt, and ALBEF.
+
+Each pretrains once per seed, as the recipe's ``pretrain`` block says; the weights are kept as one file and fine-tuned as
+its ``finetune`` block says.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lanistr.baselines import Predict, Subset
+from lanistr.baselines.albef import AlbefConfig, AlbefPretrain, PairCollator
+from lanistr.baselines.tab2txt import TableAsText, View
+from lanistr.baselines.trainer import fit_classifier, minimise, pick_device, seeded, with_seed
+from lanistr.config import Recipe
+from lanistr.data.loader import Collator
+from lanistr.data.reader import GoldDataset, load_manifest
+from lanistr.model.lanistr import Lanistr, build_model
+from lanistr.tasks import Finetune, Pretrain
+from lanistr.training.checkpoint import copy_weights, named_tensors, save_weights
+from lanistr.training.pretrain import choose_samples
+from lanistr.training.run import train_loader
+
+
+@dataclass(frozen=True)
+class PretrainedMethod(ABC):
+    """Pretraining and fine-tuning of a `Lanistr` by the plain loop.
+
+    Attributes:
+        recipe: of the comparison.
+        data: what is pretrained on.
+        folder: the weights of pretraining go here.
+        seeds: number of pretrainings; fine-tuning with seed s starts from number s modulo ``seeds``.
+    """
+
+    recipe: Recipe
+    data: Path
+    folder: Path
+    seeds: int
+
+    @cached_property
+    @abstractmethod
+    def view(self) -> View:
+        """How the method sees a dataset."""
+
+    @abstractmethod
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
+        """The task to pretrain, the model in it, what collates its batches, and the positions that it uses (None = all)."""
+
+    def tuned(self, recipe: Recipe) -> Recipe:
+        """The recipe that fine-tuning follows."""
+        return recipe
+
+    def pretrain(self, seed: int) -> None:
+        """See `Pretrains`."""
+        self._weights(seed)
+
+    def fit(self, train: Subset, val: Subset, seed: int) -> Predict:
+        """See `Method`."""
+        manifest = train.dataset.manifest
+        if load_manifest(self.data, self.recipe.data).tokenizer != manifest.tokenizer:
+            raise ValueError(
+                f"{self.data} and {train.dataset.path} have different tokenizers; build one `fit_from` the other"
+            )
+        recipe = self.tuned(with_seed(self.view.model_recipe(manifest), seed))
+        train, val = self.view.of(train), self.view.of(val)
+        task = self._task(recipe, train, self._weights(seed))
+        answer = fit_classifier(task, train, val, recipe)
+        return lambda subset: answer(self.view.of(subset))
+
+    def _task(self, recipe: Recipe, train: Subset, weights: dict[str, Tensor]) -> Finetune:
+        config, modalities = recipe.finetune, train.dataset.modalities
+        model = build_model(recipe.model, dict(modalities), config.seed, pick_device().type)
+        task = Finetune(model, recipe.model.fusion.width, train.classes, config, config.seed)
+        kept = {n: w for n, w in weights.items() if config.transfer == "all" or ".encoder." in n}
+        copy_weights(task, kept, str(self.data), [])
+        task.fit(train.labels_N, train.dataset.target[train.positions_N], config.class_weights)
+        task.freeze(config.frozen(list(modalities)))
+        return task
+
+    def _weights(self, seed: int) -> dict[str, Tensor]:
+        """Of the pretraining for a seed, made when it is first asked for."""
+        number = seed % self.seeds
+        path = self.folder / f"pretrain-{number}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                model = self._pretrained(number)
+                save_weights(path, {f"model.{n}": t.detach().cpu().clone() for n, t in named_tensors(model).items()})
+        return load_file(str(path))
+
+    def _pretrained(self, number: int) -> Lanistr:
+        if self.recipe.data.mix:
+            raise ValueError("data.mix: this method pretrains on one dataset")
+        dataset, device = self.view.open(self.data, "train"), pick_device()
+        recipe = self.view.model_recipe(dataset.manifest)
+        config = recipe.pretrain.model_copy(update={"seed": number})
+        recipe = recipe.model_copy(update={"pretrain": config})
+        with seeded(number):
+            task, model, collator, positions = self.make(recipe, dataset)
+        loader = train_loader(dataset, collator, recipe.data, config, positions)
+        minimise(task.to(device), loader, config, device)
+        return model
+
+
+class Tab2TxtMethod(PretrainedMethod):
+    """LANISTR with the tables as words before the text, and no tabular encoder."""
+
+    @cached_property
+    def view(self) -> View:
+        """All modalities, the tables as words."""
+        return View(self.recipe, None, tables=True).widened(self.data)
+
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
+        """LANISTR's own pretraining."""
+        config = recipe.pretrain
+        model = build_model(recipe.model, dict(dataset.modalities), config.seed, pick_device().type)
+        task = Pretrain(model, dict(dataset.modalities), recipe.model.fusion, recipe.objective, config.seed)
+        return task, model, Collator(dataset.modalities, views=2, seed=config.seed), choose_samples(dataset, config)
+
+
+@dataclass(frozen=True)
+class AlbefMethod(PretrainedMethod):
+    """ALBEF on images and texts. Attributes: ``tables`` = before the text stand the tables as words."""
+
+    tables: bool = False
+    albef: ClassVar[AlbefConfig] = AlbefConfig()
+
+    @cached_property
+    def view(self) -> View:
+        """The first text and the first image."""
+        return View(self.recipe, ("text", "image"), self.tables, single=True).widened(self.data)
+
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
+        """Over all samples that have a text."""
+        config, names = recipe.pretrain, {m.kind: name for name, m in dataset.modalities.items()}
+        if names.keys() != {"text", "image"}:
+            raise ValueError(f"{self.data}: ALBEF pretrains on text and image; there is {', '.join(names)}")
+        bits = dataset.index.bits
+        spelt = [bits[table.name] for table in dataset.tables] if isinstance(dataset, TableAsText) else []
+        has_text_N = (dataset.presence & sum(spelt, bits[names["text"]])) > 0
+        has_image_N = (dataset.presence & bits[names["image"]]) > 0
+        chosen_N = choose_samples(dataset, config)
+        positions_N = np.arange(dataset.n) if chosen_N is None else chosen_N
+        positions_N = positions_N[has_text_N[positions_N]]
+        pairs = int(has_image_N[positions_N].sum())
+        if pairs < 2:
+            raise ValueError(f"{self.data}: ALBEF needs image-text pairs; there are {pairs}")
+        task = AlbefPretrain(
+            recipe.model,
+            dataset.modalities,
+            self.albef,
+            pairs,
+            len(positions_N) // config.global_batch,
+            bits,
+            pick_device().type,
+        )
+        collator = PairCollator(
+            dataset.modalities, views=2, seed=config.seed, text=names["text"], image=names["image"]
+        )  # fmt: skip
+        return task, task.model, collator, positions_N
+
+    def tuned(self, recipe: Recipe) -> Recipe:
+        """As published: everything is trained, the multimodal encoder's [CLS] is classified."""
+        changes = {"freeze": "none", "transfer": "all", "pooling": "cls", "unimodal": 0.0}
+        return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})
