@@ -10,6 +10,7 @@ buckets, N rows of a modality.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -164,49 +165,59 @@ def make_layout(lengths: Sequence[int] | np.ndarray) -> Layout:
     assert lengths_S.ndim == 1, lengths_S.shape
     assert lengths_S.min(initial=0 if not len(lengths_S) else 1) > 0, "a packed sequence has at least one row"
     starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
-    positions_T = np.arange(starts_S[-1])
-    positions_T -= np.repeat(starts_S[:-1], lengths_S)
-    groups = _split_by_length(lengths_S)
-    widths = [int(lengths_S[group].max()) for group in groups]
-    ends = np.cumsum([len(group) * width for group, width in zip(groups, widths, strict=True)])
-    row_G, bias_G = np.empty(ends[-1], dtype=np.int64), np.zeros(ends[-1], dtype=np.float32)
+    positions_T = _ranges(np.zeros_like(lengths_S), lengths_S)
+    order, sizes = _split_by_length(lengths_S)
+    ordered = lengths_S[order]
+    widths = ordered[np.cumsum(sizes) - 1]
+    width_S = np.repeat(widths, sizes)
     first_slot_S = np.empty_like(lengths_S)
-    for group, width, end in zip(groups, widths, ends, strict=True):
-        begin = end - len(group) * width
-        first_slot_S[group] = np.arange(begin, end, width)
-        starts_S1, slots_L = starts_S[group, None], np.arange(width)
-        padding_SL = slots_L >= lengths_S[group, None]
-        row_SL = np.add(starts_S1, slots_L, out=row_G[begin:end].reshape(-1, width))
-        np.copyto(row_SL, starts_S1, where=padding_SL)
-        np.copyto(bias_G[begin:end].reshape(-1, width), np.float32(-np.inf), where=padding_SL)
+    first_slot_S[order] = np.cumsum(width_S) - width_S
+    row_G = _ranges(starts_S[order], width_S)
+    padding_S = width_S - ordered
+    padding = _ranges(first_slot_S[order] + ordered, padding_S)
+    row_G[padding] = np.repeat(starts_S[order], padding_S)
+    bias_G = np.zeros(len(row_G), dtype=np.float32)
+    bias_G[padding] = -np.inf
     slot_T = np.repeat(first_slot_S, lengths_S)
     slot_T += positions_T
     return Layout(
         cu_seqlens=torch.from_numpy(starts_S.astype(np.int32)),
-        max_seqlen=int(lengths_S.max()),
+        max_seqlen=int(ordered[-1]),
         positions_T=torch.from_numpy(positions_T),
         row_G=torch.from_numpy(row_G),
         bias_G=torch.from_numpy(bias_G),
         slot_T=torch.from_numpy(slot_T),
-        buckets=tuple((len(group), width) for group, width in zip(groups, widths, strict=True)),
+        buckets=tuple(zip(sizes, widths.tolist(), strict=True)),
     )
 
 
-def _split_by_length(lengths_S: np.ndarray) -> list[np.ndarray]:
-    """Sequence ids in at most `MAX_BUCKETS` groups; cuts where the jump in length saves most padded slots.
+def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``first, first + 1, ...`` of each range, one range after the other."""
+    ends = np.cumsum(counts)
+    found = np.repeat(firsts - (ends - counts), counts)
+    found += np.arange(len(found))
+    return found
 
-    A cut that saves fewer than `MIN_SAVING` slots costs more in calls than it saves in work.
+
+def _split_by_length(lengths_S: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Sequence ids from short to long, and the sizes of the at most `MAX_BUCKETS` groups that they are cut into.
+
+    Cuts are where the jump in length saves most padded slots. One that saves fewer than `MIN_SAVING` slots costs more in
+    calls than it saves in work.
     """
     order = np.argsort(lengths_S, kind="stable")
     ordered = lengths_S[order]
     cuts = [_best_cut(ordered, 0, len(ordered))]
     while len(cuts) < MAX_BUCKETS:
-        widest = max(range(len(cuts)), key=lambda i: cuts[i].saving)
-        _, low, at, high = cuts[widest]
-        if cuts[widest].saving < MIN_SAVING:
+        widest = max(cuts, key=attrgetter("saving"))
+        if widest.saving < MIN_SAVING:
             break
-        cuts[widest : widest + 1] = [_best_cut(ordered, low, at), _best_cut(ordered, at, high)]
-    return [order[cut.low : cut.high] for cut in cuts]
+        place = cuts.index(widest)
+        cuts[place : place + 1] = [
+            _best_cut(ordered, widest.low, widest.at),
+            _best_cut(ordered, widest.at, widest.high),
+        ]
+    return order, [cut.high - cut.low for cut in cuts]
 
 
 class _Cut(NamedTuple):
@@ -220,12 +231,11 @@ class _Cut(NamedTuple):
 
 def _best_cut(ordered: np.ndarray, low: int, high: int) -> _Cut:
     """Of sequences in the order of their length."""
-    if (high - low) * int(ordered[high - 1] - ordered[low]) < MIN_SAVING:
+    if high - low < 2:
         return _Cut(0, low, low, high)
-    inner = np.arange(low + 1, high)
-    saving = (inner - low) * (ordered[high - 1] - ordered[low : high - 1])
+    saving = np.arange(1, high - low) * (ordered[high - 1] - ordered[low : high - 1])
     best = int(saving.argmax())
-    return _Cut(int(saving[best]), low, int(inner[best]), high)
+    return _Cut(int(saving[best]), low, low + 1 + best, high)
 
 
 def make_fusion_index(
@@ -245,30 +255,27 @@ def make_fusion_index(
         weights_B: sample weights.
         views: 1 or 2.
     """
-    size = len(weights_B)
-    rows_in_slot = np.zeros((size, 1 + len(rows)), dtype=np.int64)
-    rows_in_slot[:, 0] = 1
-    first_in_pool = np.zeros((views, size, 1 + len(rows)), dtype=np.int64)  # row 0 of the pool is [CLS]
-    start = 1
-    for source, (counts, sample_of, pool) in enumerate(zip(token_counts, rows, pool_sizes, strict=True), 1):
-        np.add.at(rows_in_slot[:, source], sample_of, counts)
-        # Rows of a sample are neighbours in the pool: the first one tells where all of them are.
-        offsets = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
-        first_in_pool[:, sample_of[::-1], source] = start + offsets[::-1] + pool * np.arange(views)[:, None]
-        start += pool * views
-    counts_VS = np.tile(rows_in_slot.ravel(), views)
-    ends = np.cumsum(counts_VS)
-    gather_T = np.repeat(first_in_pool.ravel() - (ends - counts_VS), counts_VS)
-    gather_T += np.arange(ends[-1])
-    per_sample = rows_in_slot.sum(1)
+    sources, pool_M = 1 + len(rows), np.asarray(pool_sizes)
+    counts_R = np.concatenate(token_counts).astype(np.int64)
+    modality_R = np.repeat(np.arange(len(rows)), [len(sample_of) for sample_of in rows])
+    slot_R = np.concatenate(rows) * sources + 1 + modality_R
+    sizes_S = np.bincount(slot_R, counts_R, len(weights_B) * sources).astype(np.int64)
+    sizes_S[::sources] = 1  # [CLS], row 0 of the pool
+    start_M = 1 + views * (np.cumsum(pool_M) - pool_M)
+    within_R = np.concatenate([np.cumsum(counts) - counts for counts in token_counts]).astype(np.int64)
+    first_VR = (start_M[modality_R] + within_R) + np.arange(views)[:, None] * pool_M[modality_R]
+    first_VS = np.zeros((views, len(sizes_S)), dtype=np.int64)
+    # Rows of a sample are neighbours in the pool: the first one, written last, tells where all of them are.
+    first_VS[:, slot_R[::-1]] = first_VR[:, ::-1]
+    gather_T = _ranges(first_VS.ravel(), np.tile(sizes_S, views))
+    per_sample = sizes_S.reshape(-1, sources).sum(1)
     layout = make_layout(np.tile(per_sample, views))
-    sizes = rows_in_slot.ravel()
-    weights = (1 / np.maximum(sizes, 1)).astype(np.float32)
+    weights_S = (1 / np.maximum(sizes_S, 1)).astype(np.float32)
     return FusionIndex(
         gather_T=torch.from_numpy(gather_T),
         layout=layout,
         cls_S=layout.cu_seqlens[:-1].long(),
         token_weight_T=torch.from_numpy(np.repeat((weights_B / per_sample).astype(np.float32), per_sample)),
-        slot_T=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
-        slot_weight_T=torch.from_numpy(np.repeat(weights, sizes)),
+        slot_T=torch.from_numpy(np.repeat(np.arange(len(sizes_S)), sizes_S)),
+        slot_weight_T=torch.from_numpy(np.repeat(weights_S, sizes_S)),
     )

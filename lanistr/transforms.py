@@ -165,11 +165,35 @@ def read_npy(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
+def concatenate_npy(datas: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
+    """One-dimensional ``.npy`` files of one type, one after the other: what they hold, and the length of each.
+
+    Raises:
+        ValueError: none, or anything else among them.
+    """
+    bodies, lengths, dtypes = [], [], set()
+    for data in datas:
+        begin = data.find(b"\n", _NPY_LENGTH) + 1
+        shape, _, dtype = _npy_header(data[:begin])
+        if len(shape) != 1 or len(data) - begin != shape[0] * dtype.itemsize:
+            raise ValueError(f".npy: {len(data) - begin} bytes of shape {shape}")
+        bodies.append(data[begin:])
+        lengths.append(shape[0])
+        dtypes.add(dtype)
+    if len(dtypes) != 1:
+        raise ValueError(f".npy files of {len(dtypes)} types")
+    return np.frombuffer(b"".join(bodies), dtypes.pop()), lengths  # refuses objects
+
+
+_NPY_LENGTH = 10  # bytes before the text of the header, which a newline ends
+
+
 @lru_cache(maxsize=4096)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, order and type: parsing a header takes ten times as long as the rest, and few differ."""
     file = io.BytesIO(header)
-    np.lib.format.read_magic(file)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(".npy of another version than 1.0")
     return np.lib.format.read_array_header_1_0(file)
 
 

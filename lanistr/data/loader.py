@@ -57,14 +57,7 @@ class Collator:
         counts: dict[str, float] = {"mmm": samples_with_weight, "decorrelation": samples_with_weight}
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
-            items = [
-                (i, item, content)
-                for i, sample in enumerate(samples)
-                if name in sample.contents
-                for item, content in enumerate(
-                    sample.contents[name] if modality.items > 1 else (sample.contents[name],)
-                )
-            ]
+            items = _find_items(name, modality, samples)
             present = [i for i, _, _ in items]
             collated = self._collate(name, modality, samples, items, weights_B[present], epoch)
             inputs[name] = collated.inputs
@@ -85,7 +78,7 @@ class Collator:
             views=self.views,
             labels_B=torch.from_numpy(labels),
             weights_B=torch.from_numpy(weights_B),
-            presence_B=torch.tensor([sample.presence for sample in samples]),
+            presence_B=torch.from_numpy(np.array([sample.presence for sample in samples], dtype=np.int64)),
             inputs=inputs,
             fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views),
             counts=counts,
@@ -121,6 +114,17 @@ class Collator:
                 for content, key in zip(contents, names or [(0, "dummy", name)], strict=True)
             ]
         return modality.collate(contents, masks, weights.tolist())
+
+
+def _find_items(name: str, modality: Modality[Any, Any], samples: Sequence[Sample]) -> list[tuple[int, int, Any]]:
+    """Sample, number within the sample and content of each text, image, ... of a modality."""
+    if modality.items == 1:
+        return [(i, 0, sample.contents[name]) for i, sample in enumerate(samples) if name in sample.contents]
+    return [
+        (i, item, content)
+        for i, sample in enumerate(samples)
+        for item, content in enumerate(sample.contents.get(name, ()))
+    ]
 
 
 def _targets(samples: Sequence[Sample]) -> torch.Tensor | None:

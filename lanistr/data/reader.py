@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 Crc = Literal["first", "always", "never"]
 CACHED = ("keys", "presence", "label", "target", "group")  # not sent to worker processes
 OPEN_FILES = 256
-GAP = 1023  # a header and padding: neighbours in the tar come in one read, and nothing else comes with them
 TRIES = 8  # replacements tried for one bad sample
 
 
@@ -58,7 +58,8 @@ class GoldDataset:
         self.shards = self.manifest.shards_of(split)
         self.shard_sizes = np.array([shard.n for shard in self.shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self.n = int(self.starts[-1])
+        self._starts: list[int] = self.starts.tolist()  # a list is searched in a third of the time
+        self.n = self._starts[-1]
         if not self.n:
             raise ValueError(f"{path}: split {split!r} is empty")
         for shard in self.shards:
@@ -124,8 +125,8 @@ class GoldDataset:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Shard and row of a sample."""
-        shard = int(self.starts.searchsorted(position, "right")) - 1
-        return shard, position - int(self.starts[shard])
+        shard = bisect_right(self._starts, position) - 1
+        return shard, position - self._starts[shard]
 
     def read(self, position: int) -> Sample:
         """Read and decode the sample at ``position``. Raises `CorruptSample`: its bytes are gone or damaged."""
@@ -135,30 +136,26 @@ class GoldDataset:
         """The members in use of the sample at ``position``. Raises `CorruptSample`: its bytes are gone or damaged."""
         shard, row = self.locate(position)
         part = self.index[shard]
-        key = part.keys_N[row].decode()
-        described = part.places_NM3[row].tolist()
-        wanted = [
-            (offset, size, crc, m)
-            for (offset, size, crc), m in zip(described, self.index.members, strict=True)
-            if offset >= 0
-        ]
-        wanted.sort()
+        key = part.keys_N.item(row).decode()
         where = self._where[shard]
+        verify = self._must_verify(shard, row)
+        members: dict[str, bytes] = {}
         try:
-            members = _read_runs(self._blob(shard), wanted)
+            blob = self._blob(shard)
+            for (offset, size, crc), member in zip(part.places_NM3[row].tolist(), self.index.members, strict=True):
+                if offset < 0:
+                    continue
+                members[member] = data = blob.read(offset, size)
+                if len(data) != size:
+                    raise CorruptSample(key, f"{where}: {key}.{member}: {len(data)} bytes of {size}; truncated shard?")
+                if verify and zlib.crc32(data) != crc:
+                    raise CorruptSample(key, f"{where}: {key}.{member}: crc32 differs from the index")
         except OSError as error:
             raise CorruptSample(key, f"{where}: {key}: cannot be read: {error}") from None
-        verify = self._must_verify(shard, row)
-        for _, size, crc, member in wanted:
-            data = members[member]
-            if len(data) != size:
-                raise CorruptSample(key, f"{where}: {key}.{member}: {len(data)} bytes of {size}; truncated shard?")
-            if verify and zlib.crc32(data) != crc:
-                raise CorruptSample(key, f"{where}: {key}.{member}: crc32 differs from the index")
         if verify and self.crc == "first":
             self._verified[shard][row] = True
         target = part.target_NL[row] if self.index.targets else None
-        return Fetched(key, int(part.presence_N[row]), int(part.label_N[row]), target, members, where)
+        return Fetched(key, part.presence_N.item(row), part.label_N.item(row), target, members, where)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Begin to fetch remote shards that will be read soon."""
@@ -231,26 +228,6 @@ class GoldDataset:
             rows = np.flatnonzero(classes == value)
             place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
         return np.sort(order[np.argsort(place, kind="stable")[:limit]])
-
-
-def _read_runs(blob: Blob, wanted: list[tuple[int, int, int, str]]) -> dict[str, bytes]:
-    """Members by name; neighbours come in one read, unused ones between them are skipped.
-
-    Args:
-        blob: the tar.
-        wanted: (offset, size, crc, member), ascending.
-    """
-    found: dict[str, bytes] = {}
-    while wanted:
-        begin, end, count = wanted[0][0], wanted[0][0] + wanted[0][1], 1
-        while count < len(wanted) and wanted[count][0] - end <= GAP:
-            end = wanted[count][0] + wanted[count][1]
-            count += 1
-        data = blob.read(begin, end - begin)
-        for offset, size, _, member in wanted[:count]:
-            found[member] = data[offset - begin : offset - begin + size]
-        wanted = wanted[count:]
-    return found
 
 
 def _default_store(path: str | Path, config: DataConfig) -> Store:

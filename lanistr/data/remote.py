@@ -24,6 +24,7 @@ from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 20
+PIECE = 1 << 15  # bytes asked for at least, where a remote file is not cached
 T = TypeVar("T")
 
 
@@ -104,12 +105,13 @@ class LocalStore:
         """They are here."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RemoteBlob:
-    """A remote file, read piece by piece."""
+    """A remote file, read piece by piece: the members of a sample are neighbours and mostly come in one."""
 
     store: "CachedStore"
     name: str
+    _piece: tuple[int, bytes] = (0, b"")
 
     @property
     def size(self) -> int:
@@ -118,8 +120,12 @@ class RemoteBlob:
 
     def read(self, offset: int, size: int) -> bytes:
         """As `Blob.read`."""
-        address = self.store.address(self.name)
-        return self.store.retry(self.name, lambda: self.store.fs.cat_file(address, start=offset, end=offset + size))
+        begin, data = self._piece
+        if not begin <= offset <= offset + size <= begin + len(data):
+            address, end = self.store.address(self.name), offset + max(size, PIECE)
+            data = self.store.retry(self.name, lambda: self.store.fs.cat_file(address, start=offset, end=end))
+            self._piece = begin, data = offset, data
+        return data[offset - begin : offset - begin + size]
 
     def close(self) -> None:
         """Nothing is open."""

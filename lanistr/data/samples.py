@@ -101,22 +101,15 @@ def read_samples(
     contents: list[dict[str, Any]] = [{} for _ in places]
     whole = [(i, fetched) for i, fetched in enumerate(found) if isinstance(fetched, Fetched)]
     for name, modality in source.modalities.items():
-        names = [item_members(modality.members, item) for item in range(modality.items)]
-        items = [
-            (i, fetched, item) for i, fetched in whole for item, own in enumerate(names) if own[0] in fetched.members
-        ]
-        members = [
-            {m: fetched.members[own] for m, own in zip(names[0], names[item], strict=True)} if item else fetched.members
-            for _, fetched, item in items
-        ]
+        items = _find_items(modality, whole)
         rngs = None
         if rng_key is not None and modality.augments:
             rngs = (
                 philox("augment", *rng_key, places[i][1], fetched.key, name, *([item] if item else []))
-                for i, fetched, item in items
+                for i, fetched, item, _ in items
             )
-        decoded = modality.decode_batch(members, rngs)
-        for (i, fetched, _), content in zip(items, decoded, strict=True):
+        decoded = modality.decode_batch([members for _, _, _, members in items], rngs)
+        for (i, fetched, _, _), content in zip(items, decoded, strict=True):
             if isinstance(content, ValueError):
                 found[i] = CorruptSample(fetched.key, f"{fetched.where}: {fetched.key}: {content}")
             elif modality.items > 1:
@@ -126,6 +119,22 @@ def read_samples(
     return [
         Sample(f.key, f.presence, f.label, content, repeat, f.target) if isinstance(f, Fetched) else f
         for f, content, (_, repeat) in zip(found, contents, places, strict=True)
+    ]
+
+
+def _find_items(
+    modality: Modality[Any, Any], fetched: Sequence[tuple[int, Fetched]]
+) -> list[tuple[int, Fetched, int, dict[str, bytes]]]:
+    """Place, sample, number within the sample and members (named as if it were the first) of each text, image, ..."""
+    first = modality.members[0]
+    if modality.items == 1:
+        return [(i, sample, 0, sample.members) for i, sample in fetched if first in sample.members]
+    names = [item_members(modality.members, item) for item in range(modality.items)]
+    return [
+        (i, sample, item, {m: sample.members[name] for m, name in zip(modality.members, own, strict=True)})
+        for i, sample in fetched
+        for item, own in enumerate(names)
+        if own[0] in sample.members
     ]
 
 

@@ -4,6 +4,7 @@ Shape suffixes: N rows of one view, R numeric columns, C categorical columns, K 
 embedding, S steps, D width.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,15 @@ from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawCont
 from lanistr.modalities.loading import match_rows
 from lanistr.modalities.tabnet import MFMHead, TabNet, TabularConfig
 from lanistr.raw import read_row
-from lanistr.transforms import MEMBERS, MISSING_ID, CategoricalColumn, NumericColumn, TabularSpec, read_npy
+from lanistr.transforms import (
+    MEMBERS,
+    MISSING_ID,
+    CategoricalColumn,
+    NumericColumn,
+    TabularSpec,
+    concatenate_npy,
+    read_npy,
+)
 from lanistr.transforms import TabularEncoder as RowEncoder
 
 
@@ -62,6 +71,7 @@ class TabularModality(Modality[Row, TabularInput]):
         self.mean = np.array([c.mean for c in self.spec.numeric], dtype=np.float32)
         self.std = np.array([c.std for c in self.spec.numeric], dtype=np.float32)
         self.cardinality = np.array([c.cardinality for c in self.spec.categorical], dtype=np.int64)
+        self.columns = len(self.mean) + len(self.cardinality)
 
     def raw_keys(self) -> tuple[str, ...]:
         """The columns."""
@@ -100,17 +110,17 @@ class TabularModality(Modality[Row, TabularInput]):
         self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
     ) -> list[Row | ValueError]:
         """As `Modality.decode_batch`, the arithmetic of all rows at once; one by one only where a row is bad."""
-        try:
-            return [*self._standardise(np.stack([self._stored(own) for own in members]))]
-        except ValueError:
-            return super().decode_batch(members, rngs)
+        with contextlib.suppress(ValueError):
+            cells, lengths = concatenate_npy([own["tab.npy"] for own in members])
+            if set(lengths) == {self.columns}:
+                return [*self._standardise(cells.reshape(-1, self.columns).astype(np.float32, copy=False))]
+        return super().decode_batch(members, rngs)
 
     def _stored(self, members: Mapping[str, bytes]) -> np.ndarray:
         """(K,) float32 as written."""
         row_K = read_npy(members["tab.npy"])
-        columns = len(self.mean) + len(self.cardinality)
-        if row_K.shape != (columns,):
-            raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {columns} columns")
+        if row_K.shape != (self.columns,):
+            raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {self.columns} columns")
         return row_K.astype(np.float32, copy=False)
 
     def _standardise(self, rows_nK: np.ndarray) -> list[Row]:
@@ -162,16 +172,16 @@ class TabularModality(Modality[Row, TabularInput]):
         self, contents: Sequence[Row], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
     ) -> Collated[TabularInput]:
         """Stack the rows."""
-        numeric = torch.from_numpy(np.stack([c.numeric_R for c in contents]))
-        categories = torch.from_numpy(np.stack([c.categories_C for c in contents]))
+        numeric = torch.from_numpy(np.array([c.numeric_R for c in contents]))
+        categories = torch.from_numpy(np.array([c.categories_C for c in contents]))
         tokens = np.full(len(contents), self.config.steps)
         # Statistics need two rows, all of them real.
         batch_statistics = self.config.norm == "batch" and len(contents) > 1 and min(weights) > 0
         if masks is None:
             nothing = torch.zeros(0)
             return Collated(TabularInput(numeric, categories, None, nothing, batch_statistics), tokens, 0.0)
-        mask_NK = np.stack(masks)
-        predicted_NK = mask_NK & np.stack([c.observed_K for c in contents])
+        mask_NK = np.array(masks)
+        predicted_NK = mask_NK & np.array([c.observed_K for c in contents])
         weights_NK = predicted_NK * np.asarray(weights, dtype=np.float32)[:, None]
         inputs = TabularInput(
             numeric,

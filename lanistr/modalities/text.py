@@ -20,7 +20,7 @@ from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawCont
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
-from lanistr.transforms import MEMBERS, TextSpec, encode_text, read_npy
+from lanistr.transforms import MEMBERS, TextSpec, concatenate_npy, encode_text, read_npy
 
 HF_ATTENTION = "lanistr_packed"
 KEPT = -1  # in a corruption: this token is neither changed nor predicted
@@ -139,13 +139,11 @@ class TextModality(Modality[np.ndarray, TextInput]):
     ) -> list[np.ndarray | ValueError]:
         """As `Modality.decode_batch`; looks at each text alone only where something is wrong with one."""
         with contextlib.suppress(ValueError):
-            texts = [read_npy(own["tok.npy"]) for own in members]
-            lengths = [len(ids) for ids in texts if ids.ndim == 1]
-            if len(lengths) == len(texts) and min(lengths, default=0) >= 2:
-                flat_T = np.concatenate(texts).astype(np.int64)
-                if flat_T.min() >= 0 and flat_T.max() < self.spec.vocab_size:
-                    ends = list(itertools.accumulate(lengths))
-                    return [self._cut(flat_T[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+            ids_T, lengths = concatenate_npy([own["tok.npy"] for own in members])
+            if min(lengths) >= 2 and 0 <= ids_T.min() <= ids_T.max() < self.spec.vocab_size:
+                ids_T = ids_T.astype(np.int64)
+                ends = itertools.accumulate(lengths)
+                return [self._cut(ids_T[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
         return super().decode_batch(members, rngs)
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:

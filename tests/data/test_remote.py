@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
-from lanistr.data.remote import CachedStore, LocalStore, open_store
+from lanistr.data.remote import CachedStore, LocalStore, RemoteBlob, open_store
 from tests.model.support import NAMES, make_modalities
 from tests.tiny_gold import write_gold
 
@@ -146,6 +146,15 @@ def test_a_full_cache_disk_first_makes_room_then_reads_piece_by_piece(
     assert len(cached) == (3 if free_after_eviction else 0)
     assert ("no space left" in caplog.text) == (not free_after_eviction)
     assert not list((tmp_path / "cache").glob(".*.part"))
+
+
+def test_neighbours_in_a_file_that_is_not_cached_come_in_one_request(gold: Path, tmp_path: Path) -> None:
+    path = next((gold / "train").glob("*.tar"))
+    blob, data = RemoteBlob(store(gold, tmp_path), f"train/{path.name}"), path.read_bytes()
+    Flaky.asked = []
+    for offset, size, requests in ((512, 100, 1), (1536, 300, 1), (100, 50, 2), (len(data) - 10, 50, 3)):
+        assert blob.read(offset, size) == data[offset : offset + size]
+        assert len(Flaky.asked) == requests
 
 
 def test_a_shard_that_is_gone_remotely_is_not_asked_for_again_and_again(gold: Path, tmp_path: Path) -> None:
