@@ -36,7 +36,7 @@ class Flaky(LocalFileSystem):
             type(self).failures -= 1
             raise ConnectionError("the bucket is on holiday")
 
-    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:  # type: ignore[override]
         self._fail(path)
         file = super().open(path, mode, **options)
         if type(self).wrong > 0:
