@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from lanistr.comparison.command import add_ablate, add_compare
-from lanistr.evaluation.command import add_robustness
+from lanistr.evaluation.command import add_importance, add_robustness
 from lanistr.tune import add_tune
 
 
@@ -55,10 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     plot.add_argument("--out", type=Path, required=True, help="folder")
     plot.set_defaults(run=_plot)
-    add_robustness(commands)
-    add_compare(commands)
-    add_ablate(commands)
-    add_tune(commands)
+    for add in (add_importance, add_robustness, add_compare, add_ablate, add_tune):
+        add(commands)
     arguments = _parse(parser, argv)
     try:
         print(arguments.run(arguments))

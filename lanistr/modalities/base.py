@@ -251,6 +251,10 @@ class ModalityEncoder(nn.Module, ABC, Generic[InputT]):
         """The hidden states of the tokens that enter fusion; by default all."""
         return hidden
 
+    def cell_shares(self, inputs: InputT) -> Tensor | None:
+        """How much of its attention each of `Modality.cells` gets, (rows of one view, cells), where it attends to cells."""
+        return None
+
     def blocks(self) -> Iterable[nn.Module]:
         """The repeated layers, which `torch.compile` compiles one by one."""
         return ()

@@ -4,6 +4,7 @@ Shape suffixes: N rows of all views, R numeric columns, C categorical columns, K
 embedding, S steps, D width.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -88,17 +89,22 @@ class TabNet(nn.Module):
         Returns:
             (N, S, D).
         """
+        decided = self.decide(x_NX, prior_NK, views, batch_statistics)
+        return torch.stack([step_ND for _, step_ND in decided], dim=1)
+
+    def decide(
+        self, x_NX: Tensor, prior_NK: Tensor, views: int, batch_statistics: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mask over columns (N, K) and the ReLU output (N, D) of each step; arguments as of `forward`."""
         blocks, stats = self.blocks, (views, batch_statistics)
         x_NX = blocks.initial_bn(x_NX, *stats)
         attended = feature_transformer(blocks.initial_splitter, x_NX, *stats)[:, self.width :]
-        steps = []
         for transformer, attention in zip(blocks.feat_transformers, blocks.att_transformers, strict=True):
             mask_NK = sparsemax(attention.bn(_wide_linear(attention.fc, attended), *stats) * prior_NK)
             prior_NK = (self.gamma - mask_NK) * prior_NK
             out = feature_transformer(transformer, mask_NK.index_select(1, self.column_of_X) * x_NX, *stats)
             step_ND, attended = out.split(self.width, dim=1)
-            steps.append(relu(step_ND))
-        return torch.stack(steps, dim=1)
+            yield mask_NK, relu(step_ND)
 
 
 def _wide_linear(layer: Any, x_NX: Tensor) -> Tensor:

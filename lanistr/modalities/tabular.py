@@ -282,6 +282,14 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
         x_NX = torch.cat([x_NX, x_NX * keep_NK.index_select(1, tabnet.column_of_X)])
         return tabnet(x_NX, torch.cat([prior_NK, keep_NK]), 2, inputs.batch_statistics).flatten(0, 1)
 
+    def cell_shares(self, inputs: TabularInput) -> Tensor:
+        """(N, K), rows sum to 1: the masks of all steps, weighted by their summed outputs (Arik and Pfister, section 3.3)."""
+        x_NX = self.encoder.embed(inputs.numeric_NR, inputs.categories_NC)
+        prior_NK = x_NX.new_ones(len(x_NX), self.numeric + len(self.cardinality))
+        steps = self.encoder.decide(x_NX, prior_NK, 1, inputs.batch_statistics)
+        total_NK = torch.stack([mask_NK * step_ND.sum(1, keepdim=True) for mask_NK, step_ND in steps]).sum(0)
+        return total_NK / total_NK.sum(1, keepdim=True).clamp(min=1e-12)
+
     def project(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Tokens of the fusion width, in the dtype of the parameters."""
         return self.projection(hidden.to(next(self.projection.parameters()).dtype))
