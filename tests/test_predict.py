@@ -21,14 +21,16 @@ from etl import recipe as recipes
 from etl.build import build
 from etl.sources import synthetic
 from lanistr.config import Recipe, load_recipe
+from lanistr.data.loader import Collator
 from lanistr.data.reader import load_tokenizer_bytes, open_split
+from lanistr.evaluation.embed import embed
 from lanistr.evaluation.evaluate import evaluate_run
 from lanistr.export import export_run
 from lanistr.manifest import Manifest, sample_key
 from lanistr.modalities import make_modalities
 from lanistr.model.lanistr import build_model
 from lanistr.predict import Prediction
-from lanistr.predict_file import read_records, write_predictions
+from lanistr.predict_file import latency, read_records, write_predictions
 from lanistr.tasks import Pretrain
 from lanistr.training.best import predict
 from lanistr.training.checkpoint import WEIGHTS, load_weights, named_tensors, save_weights
@@ -45,13 +47,18 @@ SMALL = [
 
 
 def make_run(run: Path, gold: Path, recipe: Recipe) -> Any:
-    """A fine-tuning run with random weights that tell samples apart."""
+    """A fine-tuning run with random weights that tell samples apart, and the norms' statistics as training leaves them."""
     manifest = Manifest.load(gold)
-    task = make_task(recipe, manifest, "cpu").eval()
+    task = make_task(recipe, manifest, "cpu")
+    dataset = open_split(gold, "train", make_modalities(manifest, recipe.model.modalities), recipe.data)
+    batch = Collator(dataset.modalities, views=1, seed=0)([dataset.read(i) for i in range(64)], [1.0] * 64, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in task.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for _ in range(30):  # else TabNet's activations grow from layer to layer, and magnify rounding
+            task(batch)
+    task.eval()
     tokenizer = load_tokenizer_bytes(gold, recipe.data, manifest)
     describe_run(run, recipe, manifest, {}, {"task": "finetune", "from": None, "n_labels": 1}, tokenizer)
     save_weights(run / "best" / WEIGHTS, {n: t.detach().clone() for n, t in named_tensors(task).items()})
@@ -142,6 +149,53 @@ def test_one_record_of_any_subset_and_of_unseen_values(shop: Path) -> None:
     odd = {"supplier": "nobody has heard of it", "price": "3.5", "rating": None, "season": 7}
     assert sum(predictor.predict(odd).probabilities.values()) == pytest.approx(1)
     assert predictor.predict([]) == []
+
+
+def test_one_at_a_time_and_in_batches_are_the_same_answers(shop: Path) -> None:
+    predictor = lanistr.Predictor.from_pretrained(shop / "model")
+    records = list(raw_records(shop / "raw").values())[:24]
+    assert len({frozenset(r) for r in records}) >= 4, "several presence patterns"
+    together, by_fives = predictor.predict(records, embeddings=True), predictor.predict(records, batch=5)
+    for record, one, other in zip(records, together, by_fives, strict=True):
+        alone = predictor.predict(record, embeddings=True)
+        for found in (one, other):
+            assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+        assert one.embeddings.keys() == alone.embeddings.keys()
+        for name, vector in alone.embeddings.items():
+            np.testing.assert_allclose(one.embeddings[name], vector, rtol=1e-5, atol=1e-5)
+        assert not other.embeddings, "not asked for"
+
+
+def test_values_never_seen_in_training_are_one_category_of_their_own(shop: Path) -> None:
+    predictor = lanistr.Predictor.from_pretrained(shop / "model")
+    known = next(r["supplier"] for r in raw_records(shop / "raw").values() if r["supplier"])
+    values = ["never heard of", "nor of this", None, known]
+    new, newer, missing, old = (predictor.predict({"price": 3.5, "supplier": v}).probabilities for v in values)
+    assert new == newer
+    assert len({tuple(p.values()) for p in (new, missing, old)}) == 3
+
+
+def test_embeddings_of_raw_records_are_those_of_the_gold_samples(shop: Path) -> None:
+    predictor = lanistr.Predictor.from_pretrained(shop / "model")
+    by_key = {sample_key("demo", i, i): record for i, record in raw_records(shop / "raw").items()}
+    dataset = predictor.open(shop / "lake" / "gold" / "demo", "test")
+    expected = embed(predictor.model, dataset, np.arange(dataset.n))
+    for i, key in enumerate(dataset.keys):
+        found = predictor.predict(by_key[key], embeddings=True).embeddings
+        np.testing.assert_allclose(found["fused"], expected.fused_ND[i], rtol=1e-5, atol=1e-5)
+        for name, means in expected.modalities.items():
+            assert (name in found) == expected.present[name][i]
+            if name in found:
+                np.testing.assert_allclose(found[name], means[i], rtol=1e-5, atol=1e-5)
+
+
+def test_latency_times_each_record_alone(shop: Path) -> None:
+    predictor = lanistr.Predictor.from_pretrained(shop / "model")
+    found = latency(predictor, [{"text": "a red box"}, {"price": 3.5}], repeats=3)
+    assert found["n"] == 6
+    assert 0 < found["p50_ms"] <= found["p95_ms"]
+    with pytest.raises(ValueError, match="no records"):
+        latency(predictor, [], repeats=3)
 
 
 def test_series_as_points_in_any_order_or_as_columns(shop: Path) -> None:
