@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._harness import ROOT, write_result
 from lanistr.baselines.ours import LanistrMethod
 from lanistr.comparison.cells import CellStore
-from lanistr.comparison.command import label_counts, prepare
+from lanistr.comparison.command import label_counts, names, prepare
 from lanistr.comparison.compare import identify
 from lanistr.comparison.grid import Splits, run_grid
 from lanistr.comparison.table import Truth, make_rows, markdown
@@ -29,7 +29,11 @@ from lanistr.metrics import METRICS
 from lanistr.training import distributed
 
 METRIC = "accuracy"
-ABOUT = {"pretrained": "fine-tuned from the run", "scratch": "the same model without it"}
+ABOUT = {
+    "pretrained": "fine-tuned from the run",
+    "pretrained_parts": "fine-tuned from the parts of the run that --parts names, the others fresh",
+    "scratch": "the same model without it",
+}
 ZERO = ROOT / "ds_configs" / "zero2.json"
 
 
@@ -65,6 +69,17 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [row | _reachable(arguments.truth, row["mean"]) for row in rows]
 
 
+def arms(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, LanistrMethod]:
+    """The models to train."""
+    found = {"pretrained": (recipe, arguments.source), "scratch": (recipe, None)}
+    if arguments.parts:
+        tuned = recipe.finetune.model_copy(update={"transfer": arguments.parts})
+        found["pretrained_parts"] = (recipe.model_copy(update={"finetune": tuned}), arguments.source)
+    return {
+        arm: LanistrMethod(own, arguments.work / "runs" / arm, ZERO, source) for arm, (own, source) in found.items()
+    }
+
+
 def _reachable(truth: Path | None, accuracy: float) -> dict[str, float]:
     if truth is None:
         return {}
@@ -78,6 +93,9 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, required=True, help="pretraining run")
     parser.add_argument("--data", type=Path, required=True, help="gold dataset")
     parser.add_argument("--labels", type=label_counts, default=[50, 200, 800], help="for example 50,200,800,all")
+    parser.add_argument(
+        "--parts", type=names, help="a third arm that takes only these parts of the run (finetune.transfer)"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="updates of each model, whatever the labels")
     parser.add_argument("--looks", type=int, default=5, help="validations in these steps")

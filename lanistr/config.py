@@ -16,6 +16,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from lanistr.manifest import Strict
 
+SHARED = ("projections", "fusion")  # parts of the model that are no modality's own encoder
+
 
 class DataConfig(Strict):
     """Which dataset, and how it is read.
@@ -183,8 +185,9 @@ class FinetuneConfig(OptimizerConfig):
             modalities (their encoders), ``projections`` and ``fusion``.
         pretrained_lr: learning rate of the unimodal encoders that start from a run or from published weights, as a share
             of ``lr``; 1, as in the paper, moves them as fast as what is new.
-        transfer: what comes from the pretraining run: ``all``, or the unimodal ``encoders`` only (projections and fusion
-            start afresh: for runs whose fusion has collapsed).
+        transfer: what comes from the pretraining run: ``all``, the unimodal ``encoders`` only (projections and fusion start
+            afresh: for runs whose fusion has collapsed), or a list of modalities (their encoders), ``projections`` and
+            ``fusion``.
         pooling: what the classifier sees: the fusion ``cls`` token (paper), the ``mean`` of a sample's fused tokens, or
             ``modalities``: [CLS] and the mean of each modality's fused tokens side by side (zeros where absent).
         unimodal: weight of a classifier per modality on the mean of its projected tokens, trained by a cross-entropy of
@@ -207,7 +210,7 @@ class FinetuneConfig(OptimizerConfig):
 
     freeze: Literal["encoders", "none"] | list[str] = "encoders"
     pretrained_lr: float = Field(default=1.0, gt=0, le=1)
-    transfer: Literal["all", "encoders"] = "all"
+    transfer: Literal["all", "encoders"] | list[str] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
     unimodal: float = Field(default=0.0, ge=0)
     hidden: int = 256
@@ -225,11 +228,21 @@ class FinetuneConfig(OptimizerConfig):
         """The parts that ``freeze`` names. Raises ValueError for one that there is not."""
         if isinstance(self.freeze, str):
             return list(modalities) if self.freeze == "encoders" else []
-        known = [*modalities, "projections", "fusion"]
-        unknown = [part for part in self.freeze if part not in known]
-        if unknown:
-            raise ValueError(f"finetune.freeze: no part {unknown[0]!r}; there are {', '.join(known)}")
-        return self.freeze
+        return _known_parts("freeze", self.freeze, modalities)
+
+    def transferred(self, modalities: Sequence[str]) -> list[str] | None:
+        """The parts that ``transfer`` names; None = all. Raises ValueError for one that there is not."""
+        if isinstance(self.transfer, str):
+            return list(modalities) if self.transfer == "encoders" else None
+        return _known_parts("transfer", self.transfer, modalities)
+
+
+def _known_parts(key: str, parts: list[str], modalities: Sequence[str]) -> list[str]:
+    known = [*modalities, *SHARED]
+    unknown = [part for part in parts if part not in known]
+    if unknown:
+        raise ValueError(f"finetune.{key}: no part {unknown[0]!r}; there are {', '.join(known)}")
+    return parts
 
 
 class Recipe(Strict):

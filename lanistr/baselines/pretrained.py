@@ -27,6 +27,7 @@ from lanistr.tasks import Finetune, Pretrain
 from lanistr.training.checkpoint import copy_weights, named_tensors, save_weights
 from lanistr.training.pretrain import choose_samples
 from lanistr.training.run import train_loader
+from lanistr.training.transfer import part_prefixes
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class PretrainedMethod(ABC):
         config, modalities = recipe.finetune, train.dataset.modalities
         model = build_model(recipe.model, dict(modalities), config.seed, pick_device().type)
         task = Finetune(model, recipe.model.fusion.width, train.classes, config, config.seed)
-        kept = {n: w for n, w in weights.items() if config.transfer == "all" or ".encoder." in n}
+        parts = config.transferred(list(modalities))
+        kept = {n: w for n, w in weights.items() if parts is None or n.startswith(part_prefixes(task, parts))}
         copy_weights(task, kept, str(self.data), [])
         task.fit(train.labels_N, train.dataset.target[train.positions_N], config.class_weights)
         task.freeze(config.frozen(list(modalities)))

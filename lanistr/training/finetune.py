@@ -57,6 +57,7 @@ def finetune(
     manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
     frozen = _check(recipe, manifest, list(modalities), source)
+    parts = config.transferred(list(modalities))
     resuming = check_run(run, resume)
     rank, world, _ = distributed.world_from_environment()
     dataset, val = _open(data, recipe, modalities)
@@ -71,7 +72,7 @@ def finetune(
     filled = fill_config(ds_config, recipe.name, config, world)
     fill_trackers(filled, ds_config, run)
     task = make_task(recipe, manifest, device.type, config.precision)
-    report = transfer(task, source, modalities, config.transfer == "encoders") if source else None
+    report = transfer(task, source, modalities, parts) if source else None
     if report and rank == 0:
         logger.info("%s: %s", source, report)
     task.fit(dataset.label[positions], dataset.target[positions], config.class_weights)

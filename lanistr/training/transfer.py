@@ -31,7 +31,7 @@ def pretrained_weights(source: Path) -> Path:
 
 
 def transfer(
-    task: Finetune, source: Path, modalities: dict[str, Modality[Any, Any]], encoders_only: bool = False
+    task: Finetune, source: Path, modalities: dict[str, Modality[Any, Any]], parts: Sequence[str] | None = None
 ) -> LoadReport:
     """Fill the task from a pretraining run, also one on other columns, categories or channels.
 
@@ -39,7 +39,7 @@ def transfer(
         task: to fill.
         source: run folder.
         modalities: of the new dataset.
-        encoders_only: leave projections and fusion fresh.
+        parts: of the model, see `FinetuneConfig.transferred`; the others stay fresh. None = all.
 
     Raises:
         ValueError: no checkpoint; sizes that differ elsewhere than in columns, categories or channels.
@@ -47,18 +47,28 @@ def transfer(
     path = pretrained_weights(source)
     stored = load_file(str(path))
     prefixes = {name: f"model.encoders.{name}.encoder." for name in task.model.encoders}
-    if encoders_only:
-        stored = {name: tensor for name, tensor in stored.items() if name.startswith(tuple(prefixes.values()))}
+    if parts is not None:
+        wanted = part_prefixes(task, parts)
+        stored = {name: tensor for name, tensor in stored.items() if name.startswith(wanted)}
     schemas = json.loads((source / SCHEMA).read_text(encoding="utf-8")) if (source / SCHEMA).is_file() else {}
     notes: list[str] = []
     for name in prefixes.keys() & schemas.keys():
         prefix = prefixes[name]
         part = {n.removeprefix(prefix): stored.pop(n) for n in list(stored) if n.startswith(prefix)}
+        if not part:
+            continue
         own = named_tensors(task.model.encoder(name).encoder)
         adapted, found = modalities[name].adapt(part, own, ModalitySchema.model_validate(schemas[name]))
         stored |= {prefix + n: tensor for n, tensor in adapted.items()}
         notes += found
     return copy_weights(task, stored, str(path), sorted(notes))
+
+
+def part_prefixes(task: Finetune, parts: Sequence[str]) -> tuple[str, ...]:
+    """How the names of the parts' tensors begin: modalities (their encoders), ``projections`` and ``fusion``."""
+    names = list(task.model.encoders)
+    shared = {"projections": [f"model.encoders.{name}.projection." for name in names], "fusion": ["model.fusion."]}
+    return tuple(prefix for part in parts for prefix in shared.get(part, [f"model.encoders.{part}.encoder."]))
 
 
 def pretrained_encoders(task: Finetune, report: LoadReport | None) -> list[str]:
@@ -71,14 +81,11 @@ def pretrained_encoders(task: Finetune, report: LoadReport | None) -> list[str]:
 def refuse_untrained(task: Finetune, report: LoadReport | None, parts: Sequence[str]) -> None:
     """Raises ValueError where freezing would keep a part at its random start for ever."""
     loaded = report.loaded if report else []
-    names = list(task.model.encoders)
-    prefixes = {name: [f"model.encoders.{name}.encoder."] for name in names}
-    prefixes |= {"projections": [f"model.encoders.{name}.projection." for name in names], "fusion": ["model.fusion."]}
     untrained = [
         part
         for part in parts
-        if not (part in names and task.model.encoder(part).pretrained)
-        and not all(any(n.startswith(prefix) for n in loaded) for prefix in prefixes[part])
+        if not (part in task.model.encoders and task.model.encoder(part).pretrained)
+        and not all(any(n.startswith(prefix) for n in loaded) for prefix in part_prefixes(task, [part]))
     ]
     if untrained:
         raise ValueError(

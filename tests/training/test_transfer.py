@@ -17,7 +17,7 @@ from lanistr.tasks import Finetune
 from lanistr.training.checkpoint import WEIGHTS, named_tensors, save_weights
 from lanistr.training.transfer import refuse_untrained, transfer
 from lanistr.transforms import MEMBERS, npy_bytes
-from tests.model.support import RECIPE, SCHEMAS, make_modalities, make_pretrain
+from tests.model.support import NAMES, RECIPE, SCHEMAS, make_modalities, make_pretrain
 
 OTHER_TABLE = {
     "kind": "tabular",
@@ -118,6 +118,22 @@ def test_an_encoder_that_was_never_trained_is_not_frozen(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="would freeze text, image, tabular, timeseries, which was never trained"):
         refuse_untrained(tuned, None, ["text", "image", "tabular", "timeseries"])
     refuse_untrained(tuned, transfer(tuned, run, make_modalities()), [*make_modalities(), "projections", "fusion"])
-    encoders = transfer(tuned, run, make_modalities(), encoders_only=True)
+    encoders = transfer(tuned, run, make_modalities(), FinetuneConfig(transfer="encoders").transferred(NAMES))
     with pytest.raises(ValueError, match="would freeze fusion"):
         refuse_untrained(tuned, encoders, ["text", "fusion"])
+
+
+def test_only_the_named_parts_come_from_the_run(tmp_path: Path) -> None:
+    run, pretrained = pretraining_run(tmp_path)
+    tuned, untouched = fresh(make_modalities()), named_tensors(fresh(make_modalities()))
+    config = FinetuneConfig(transfer=["image", "projections"])
+    transfer(tuned, run, make_modalities(), config.transferred(NAMES))
+    stored = named_tensors(pretrained)
+    for name, tensor in named_tensors(tuned).items():
+        carried = name.startswith("model.encoders.image.encoder.") or ".projection." in name
+        assert torch.equal(tensor, stored[name] if carried else untouched[name]), name
+
+
+def test_a_part_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"finetune\.transfer: no part 'video'; there are text, image, tabular"):
+        FinetuneConfig(transfer=["video"]).transferred(NAMES)
