@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("--offload", action="store_true", help="optimizer states in the memory of the host")
     plan.add_argument("--deepspeed", type=Path, help="ZeRO configuration instead of --stage and --offload")
     plan.add_argument("--checkpoint-activations", action="store_true", help="model.checkpoint_activations=true")
+    plan.add_argument(
+        "--measure", type=int, default=1, metavar="N", help="check by a real step of N samples on this CPU; 0 = do not"
+    )
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(run=_plan)
     plot = commands.add_parser("plot", help="loss, throughput and health curves of runs: PNG files and one HTML page")
@@ -111,7 +114,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     if arguments.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     manifest = Manifest.load(arguments.data) if arguments.data else None
-    return plan(recipe, zero, arguments.gpus, arguments.gpu_memory, manifest)
+    return plan(recipe, zero, arguments.gpus, arguments.gpu_memory, manifest, arguments.measure)
 
 
 def _plot(arguments: argparse.Namespace) -> str:

@@ -7,19 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lanistr.batch import Batch, map_leaves, to_device
-from lanistr.config import Recipe, load_recipe
-from lanistr.data.loader import Collator
-from lanistr.data.reader import Sample
+from lanistr.batch import to_device
+from lanistr.config import Recipe
 from lanistr.describe import schemas_of
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities.base import Modality
-from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
 from lanistr.training.flops import meta_pretrain
+from lanistr.training.measured import dtype_of, free_memory, largest_batch, measure_apart
 from lanistr.training.memory import States, StepBytes, count_states, count_step
 
 GIB = 2**30
@@ -52,19 +47,7 @@ class Model:
     def step(self, samples: int) -> StepBytes:
         """Of a micro-batch."""
         task, modalities = self.built
-        return count_step(task, to_device(largest_batch(modalities, samples), "meta"), task.weights)
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """Of the parameters that the model computes with."""
-    return torch.bfloat16 if recipe.pretrain.precision == "bfloat16" else torch.float32
-
-
-def largest_batch(modalities: Mapping[str, Modality[Any, Any]], samples: int) -> Batch:
-    """Complete samples of the largest size."""
-    contents = {name: modality.example() for name, modality in modalities.items()}
-    made = [Sample(key=f"{i:016x}", presence=0, label=-1, contents=contents) for i in range(samples)]
-    return Collator(dict(modalities), views=2, seed=0)(made, [1.0] * samples, epoch=0)
+        return count_step(task, to_device(largest_batch(modalities, samples), "meta"))
 
 
 def largest_fitting(model: Model, room: float, update: float) -> int:
@@ -85,26 +68,6 @@ def largest_fitting(model: Model, room: float, update: float) -> int:
     return found
 
 
-def saved_bytes(recipe: Recipe, schemas: Mapping[str, ModalitySchema], samples: int) -> int:
-    """Measured: bytes that autograd really saves on this CPU for backward, by ``saved_tensors_hooks``; each storage once."""
-    _, modalities = meta_pretrain(recipe, schemas)
-    batch = largest_batch(modalities, samples)
-    model = build_model(recipe.model, modalities, seed=0)
-    task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, seed=0).to(dtype_of(recipe)).train()
-    own = {tensor.untyped_storage()._cdata for tensor in [*task.parameters(), *task.buffers()]}
-    map_leaves(batch, Tensor, lambda tensor: own.add(tensor.untyped_storage()._cdata))
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        task(batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-
-
 def read_zero(path: Path | None, stage: int) -> dict[str, Any]:
     """``zero_optimization`` of a configuration, or that of the shipped files for a stage."""
     if path is None:
@@ -116,7 +79,12 @@ def read_zero(path: Path | None, stage: int) -> dict[str, Any]:
 
 
 def plan(
-    recipe: Recipe, zero: Mapping[str, Any], gpus: int, gpu_memory: float, manifest: Manifest | None = None
+    recipe: Recipe,
+    zero: Mapping[str, Any],
+    gpus: int,
+    gpu_memory: float,
+    manifest: Manifest | None = None,
+    measure: int = 0,
 ) -> str:
     """The plan as a table.
 
@@ -126,6 +94,7 @@ def plan(
         gpus: ranks.
         gpu_memory: GiB of each.
         manifest: a dataset's schema; None = the paper's.
+        measure: samples of a real step on this CPU, to check the counts by; 0 = none.
 
     Raises:
         ValueError: ``gpus`` or ``gpu_memory`` below 1; more GPUs than samples in a step; bfloat16 at stage 0.
@@ -149,8 +118,7 @@ def plan(
             f"  {'left for a step':<50}{_gib(room)}",
             "",
             *_step_table(model, states, room, gpus, gpu_memory),
-            "",
-            *_check(),
+            *(["", *measured_table(model, zero, measure)] if measure else []),
         ]
     )
 
@@ -218,15 +186,39 @@ def _advice(recipe: Recipe) -> str:
     return "use --offload or more GPUs" if recipe.model.checkpoint_activations else "try --checkpoint-activations"
 
 
-def _check() -> list[str]:
-    """The same count against what this CPU really saves, at the demo's size."""
-    recipe, samples = load_recipe("demo"), 8
-    schemas = schemas_of(recipe, None)
-    predicted, measured = Model(recipe, schemas).step(samples).held, saved_bytes(recipe, schemas, samples)
-    return [
-        f"checked here: held by {samples} samples of the demo model, predicted {predicted / 2**20:.1f} MiB, measured on this "
-        f"CPU {measured / 2**20:.1f} MiB, error {predicted / measured - 1:+.1%}"
+def measured_table(model: Model, zero: Mapping[str, Any], samples: int) -> list[str]:
+    """The same counts for one rank against what a real step of it holds on this CPU."""
+    zero = {name: value for name, value in zero.items() if name != "offload_optimizer"}  # it is all one memory here
+    recipe, step = model.recipe, model.step(samples)
+    states = count_states(*model.parameters, zero, 1, recipe.pretrain.precision)
+    needed = states.on_device + max(step.peak, states.update) + 4 * sum(model.parameters)  # float32, while it is made
+    free = free_memory()
+    if needed > 0.9 * free:
+        return [f"not measured: a step of one rank here needs some {needed / GIB:.1f} GiB, {free / GIB:.1f} are free"]
+    try:
+        found = measure_apart(recipe, model.schemas, zero, samples)
+    except ValueError as error:
+        return [f"not measured: {error}"]
+    rows = [
+        ("parameters", states.parameters, found.parameters),
+        ("gradients", states.gradients, found.gradients),
+        ("optimizer", states.optimizer, found.optimizer),
+        ("buckets", states.buffers, found.buffers),
+        ("held between forward and backward", step.held, found.held),
+        ("the process at the peak of both", step.peak, found.peak),
     ]
+    return [
+        f"checked: a real step on this CPU, 1 rank, ZeRO-{zero.get('stage', 0)}, micro-batch {samples}",
+        f"  {'MiB':<36}{'predicted':>12}{'measured':>12}{'error':>9}",
+        *(
+            f"  {name:<36}{expected / 2**20:>12,.1f}{real / 2**20:>12,.1f}{_error(expected, real):>9}"
+            for name, expected, real in rows
+        ),
+    ]
+
+
+def _error(predicted: int, measured: int) -> str:
+    return f"{predicted / measured - 1:+.1%}" if measured else "-"
 
 
 def _gib(size: float, width: int = 8) -> str:

@@ -29,6 +29,13 @@ def fill_config(path: Path, recipe: str, config: OptimizerConfig, world: int) ->
         raise ValueError(f"{path}: no such file; ds_configs/ has zero1.json, zero2.json, zero2_offload.json") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    return fill_tree(merged, path, recipe, config, world)
+
+
+def fill_tree(
+    merged: dict[str, Any], path: Path | str, recipe: str, config: OptimizerConfig, world: int
+) -> dict[str, Any]:
+    """As `fill_config`, of a tree that was read from ``path``; it is changed."""
     per_rank = config.global_batch // world
     micro = config.micro_batch or per_rank
     offload = "offload_optimizer" in merged.get("zero_optimization", {})
@@ -61,7 +68,7 @@ def fill_config(path: Path, recipe: str, config: OptimizerConfig, world: int) ->
     return merged
 
 
-def _fill(tree: dict[str, Any], key: str, value: Any, path: Path, recipe: str) -> None:
+def _fill(tree: dict[str, Any], key: str, value: Any, path: Path | str, recipe: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

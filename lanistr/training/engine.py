@@ -152,7 +152,7 @@ class Engine:
         nodes = ", ".join(f"{hosts.count(host)} on {host}" for host in dict.fromkeys(hosts))
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         threads = f" (threads: {torch.get_num_threads()})" if self.device.type == "cpu" else ""
-        adam = type(self._inner_optimizer()).__name__ + ", fused" * bool(self._inner_optimizer().defaults.get("fused"))
+        adam = type(self.inner_optimizer).__name__ + ", fused" * bool(self.inner_optimizer.defaults.get("fused"))
         attention = {m.backend for m in self.module.modules() if hasattr(m, "backend")}
         batch, micro = (self.config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
         logger.info(
@@ -248,12 +248,18 @@ class Engine:
     @property
     def updates(self) -> int:
         """Updates that AdamW has made: skipped steps do not count."""
-        inner = self._inner_optimizer()
-        steps = [state["step"] for state in inner.state.values() if "step" in state]
+        steps = [state["step"] for state in self.inner_optimizer.state.values() if "step" in state]
         return int(steps[0]) if steps else 0
 
-    def _inner_optimizer(self) -> Any:
-        return self._engine.optimizer if self.stage == 0 else self._engine.optimizer.optimizer
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's (stage 0: AdamW)."""
+        return self._engine.optimizer
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """AdamW."""
+        return self.optimizer if self.stage == 0 else self.optimizer.optimizer
 
     def full_weights(self) -> dict[str, Tensor]:
         """float32 copies of all parameters and persistent buffers, on the CPU of rank 0; elsewhere empty.
@@ -284,7 +290,7 @@ class Engine:
         for name, parameter in self._trainable():
             for key in MOMENTS:
                 if self.stage == 0:
-                    full = self._engine.optimizer.state[parameter][key]
+                    full = self.optimizer.state[parameter][key]
                 else:
                     full = cast(Tensor, safe_get_full_optimizer_state(parameter, key))
                 if distributed.rank() == 0:
@@ -344,41 +350,40 @@ class Engine:
             self.set_buffers({name: stored.get_tensor(name) for name in self.buffers()})
         if not updates:
             return
-        self._make_moments()
+        self.make_moments()
         with safe_open(moments, "pt") as stored:
             for name, parameter in self._trainable():
                 for key in MOMENTS:
                     value = stored.get_tensor(f"{name}/{key}")
                     if self.stage == 0:
-                        self._engine.optimizer.state[parameter][key].copy_(value)
+                        self.optimizer.state[parameter][key].copy_(value)
                     else:
                         safe_set_full_optimizer_state(parameter, value, key)
-        for state in self._inner_optimizer().state.values():
+        for state in self.inner_optimizer.state.values():
             state["step"] = torch.full_like(state["step"], updates) if torch.is_tensor(state["step"]) else updates
 
-    def _make_moments(self) -> None:
+    def make_moments(self) -> None:
         """AdamW creates its state in its first update: make one, of gradient and rate zero."""
-        optimizer = self._engine.optimizer
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         if self.stage == 0:
             for _, parameter in self._trainable():
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             return
-        for i, partition in enumerate(optimizer.single_partition_of_fp32_groups):
+        for i, partition in enumerate(self.optimizer.single_partition_of_fp32_groups):
             partition.grad = torch.zeros_like(partition)
-            optimizer._optimizer_step(i)
-            if not optimizer.cpu_offload:
+            self.optimizer._optimizer_step(i)
+            if not self.optimizer.cpu_offload:
                 partition.grad = None
         self._link_moments()
 
     def _link_moments(self) -> None:
         """DeepSpeed 0.19 links parameters to their moments after the update of the first group: the others miss theirs."""
         if self.stage > 0:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

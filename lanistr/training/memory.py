@@ -4,7 +4,8 @@ The counter watches every tensor that the forward and backward pass make and whe
 two layers share and what a modality of your own does needs no formula.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,23 +63,32 @@ class _Live(TorchDispatchMode):
         return self.bound
 
 
-def count_step(task: nn.Module, batch: Batch, weights: Mapping[str, float]) -> StepBytes:
+def count_step(task: Any, batch: Batch) -> StepBytes:
     """Bytes of the forward and backward pass of one micro-batch.
 
     Args:
-        task: in training mode, on the device of the batch (meta: nothing is computed).
+        task: in training mode, on the device of the batch (meta: nothing is computed); its ``weights`` are the lambdas.
         batch: one micro-batch.
-        weights: lambda of each term.
     """
-    # As under ZeRO-2, a gradient leaves as soon as it is whole: it is counted with the states and buffers.
+    with gradients_dropped(task), _Live() as live:
+        loss = weighted_loss(task, batch)
+        held = live.alive()
+        loss.backward()
+    return StepBytes(held, live.peak)
+
+
+def weighted_loss(task: Any, batch: Batch) -> Tensor:
+    """Of one micro-batch (equation 3), by its own counts."""
+    totals: dict[str, Tensor] = task(batch)
+    return torch.stack([task.weights[n] * t / max(batch.counts[n], 1) for n, t in totals.items()]).sum()
+
+
+@contextlib.contextmanager
+def gradients_dropped(task: nn.Module) -> Iterator[None]:
+    """As under ZeRO-2, a gradient leaves as soon as it is whole: it is counted with the states and buffers."""
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in task.parameters() if p.requires_grad]
     try:
-        with _Live() as live:
-            totals: dict[str, Tensor] = task(batch)
-            loss = torch.stack([weights[n] * t / max(batch.counts[n], 1) for n, t in totals.items()]).sum()
-            held = live.alive()
-            loss.backward()
-        return StepBytes(held, live.peak)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -130,7 +140,7 @@ def count_states(trained: int, frozen: int, zero: Mapping[str, Any], ranks: int,
     masters = 4 * share if stage else 0
     buckets = 0
     if stage and zero.get("contiguous_gradients", True):
-        buckets = (2 if zero.get("overlap_comm") else 1) * min(int(zero.get("reduce_bucket_size", 5e8)), trained) * size
+        buckets = (2 if zero.get("overlap_comm") else 1) * int(zero.get("reduce_bucket_size", 5e8)) * size
     offload = "offload_optimizer" in zero
     return States(
         parameters=size * (trained + frozen),

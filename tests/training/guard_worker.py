@@ -1,6 +1,6 @@
 """One rank: a loss that is not finite on rank 1 only, at every stage; then a parameter that differs on rank 1.
 
-``python guard_worker.py CASES.json OUT.json``; cases as of worker.py.
+Then batch norms whose statistics differ are merged. ``python guard_worker.py CASES.json OUT.json``; cases as of worker.py.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from lanistr.data.loader import Collator, TrainLoader
 from lanistr.data.reader import GoldDataset
+from lanistr.ops.ghost_norm import GhostBatchNorm
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
@@ -48,9 +49,28 @@ def run_case(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {"steps": distributed.gather_objects(results), "name": name, "said": distributed.gather_objects(said)}
 
 
+def merged_statistics() -> list[list[float]]:
+    """Running mean and variance after a merge, of a norm that saw other rows, and other numbers of them, on each rank."""
+    norm = GhostBatchNorm(2, 4, momentum=0.1)
+    rank = distributed.rank()
+    norm.running_mean.fill_(1.0 + 10 * rank)
+    norm.running_var.fill_(2.0 + 20 * rank)
+    norm.rows_seen.fill_(3 if rank == 0 else 9)
+    unused = GhostBatchNorm(2, 4, momentum=0.1)
+    unused.running_mean.fill_(7.0)
+    distributed.merge_batch_norm(torch.nn.ModuleList([norm, unused]))
+    return [
+        norm.running_mean.tolist(),
+        norm.running_var.tolist(),
+        norm.rows_seen.tolist(),
+        unused.running_mean.tolist(),
+    ]
+
+
 def main() -> None:
     device = start(threads=1)
     reports = [run_case(case, device) for case in json.loads(Path(sys.argv[1]).read_text())]
+    reports.append({"merged": distributed.gather_objects(merged_statistics())})
     if distributed.rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(reports))
     distributed.shutdown()

@@ -12,6 +12,7 @@ import torch
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.measured import bytes_of, optimizer_tensors
 from tests.model.support import NAMES, RECIPE, make_batch, make_modalities, make_pretrain, random_samples
 
 
@@ -24,11 +25,10 @@ def held(case: dict[str, Any], device: torch.device) -> dict[str, int]:
     filled = fill_config(Path(case["ds"]), "tiny", config, distributed.world_size())
     engine = Engine(make_pretrain(modalities), filled, device, 0.1)
     engine.train_step([make_batch(modalities, contents, masks)], 1e-3)
-    inner: Any = engine._inner_optimizer()
-    moments = [t for state in inner.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-    masters = [] if engine.stage == 0 else engine._engine.optimizer.single_partition_of_fp32_groups
-    size = {"parameters": engine.module.parameters(), "optimizer": [*moments, *masters]}
-    return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in size.items()}
+    return {
+        "parameters": bytes_of(engine.module.parameters()),
+        "optimizer": bytes_of(optimizer_tensors(engine)),
+    }
 
 
 def main() -> None:

@@ -142,6 +142,14 @@ def start_launcher(world: World, run: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, text=True)
 
 
+def start_runner(world: World, run: Path) -> "subprocess.Popen[str]":
+    """What a user types: ``deepspeed``, which starts the launcher of the node."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_accelerators", "2"]
+    command += ["--master_port", free_port(), *world.arguments(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, text=True)
+
+
 def children(pid: int) -> list[int]:
     import psutil
 
@@ -172,6 +180,27 @@ def test_killed_at_twenty_random_moments(world: World, tmp_path: Path, draw: int
         kill(world, tmp_path / "run", ["one", "all", "launcher"][draw % 3], rng)
     world.finish(tmp_path / "run")
     assert_bitwise(world, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [start_launcher, start_runner])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_end_with_a_launcher_that_is_told_to_and_lose_nothing(
+    world: World, tmp_path: Path, start: Callable[[World, Path], "subprocess.Popen[str]"], number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    launcher = start(world, run)
+    wait_for(lambda: done(run) >= 5, [launcher])
+    ranks = children(launcher.pid)
+    assert len(ranks) >= 2
+    launcher.send_signal(number)
+    launcher.communicate(timeout=60)
+    wait_for_end(ranks)
+    found = find_latest(run)
+    assert found is not None
+    assert found.damage() is None
+    world.finish(run)
+    assert_bitwise(world, run)
 
 
 def test_a_dead_rank_ends_the_others_with_one_line_that_names_it(world: World, tmp_path: Path) -> None:

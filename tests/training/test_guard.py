@@ -65,7 +65,9 @@ def test_a_spike_lies_above_the_median_whatever_the_unit_of_the_loss(losses: lis
 
 
 @pytest.mark.dist
-def test_no_rank_takes_a_step_that_is_not_finite_on_one_and_a_parameter_that_differs_is_named(tmp_path: Path) -> None:
+def test_on_two_ranks_no_step_that_is_not_finite_is_taken_what_differs_is_named_and_batch_norm_merged(
+    tmp_path: Path,
+) -> None:
     gold = write_gold(tmp_path / "gold", {"train": 40}, lambda _: NAMES)
     (tmp_path / "zero0.json").write_text("{}")
     cases = [
@@ -75,7 +77,10 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one_and_a_parameter_that_dif
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     worker = str(Path(__file__).with_name("guard_worker.py"))
     finish(launch(2, [worker, str(tmp_path / "cases.json"), str(tmp_path / "out.json")]))
-    for case, report in zip(cases, json.loads((tmp_path / "out.json").read_text()), strict=True):
+    *reports, merged = json.loads((tmp_path / "out.json").read_text())
+    # Weighted by the rows that each rank has seen: (3 * 1 + 9 * 11) / 12 and (3 * 2 + 9 * 22) / 12.
+    assert merged["merged"] == [[[8.5, 8.5], [17.0, 17.0], 0, [7.0, 7.0]]] * 2
+    for case, report in zip(cases, reports, strict=True):
         assert report["steps"] == [[[False, False], [True, True], [False, False]]] * 2, case
         for said in report["said"]:
             assert f"after step 3: parameters differ between ranks; the first is {report['name']}" in said, case

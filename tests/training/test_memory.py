@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,20 +13,20 @@ from lanistr.batch import make_layout
 from lanistr.config import load_recipe
 from lanistr.describe import schemas_of
 from lanistr.ops.transformer import Block, checkpoint_blocks
-from lanistr.plan import Model, largest_fitting, saved_bytes
+from lanistr.plan import ZERO, Model, largest_fitting, measured_table
+from lanistr.training.measured import largest_batch, make_task, saved_bytes
 from lanistr.training.memory import count_states, count_step
 from tests.model.support import make_modalities, make_pretrain
 from tests.ranks import finish, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("memory_worker.py")
-FULL_SIZE = [
-    "pretrain.precision=float32", "model.modalities.text.pretrained=null", "model.modalities.image.pretrained=null",
-]  # fmt: skip
 
 
 class Stack(nn.Module):
     """Blocks as a task: its batch is anything with counts."""
+
+    weights: ClassVar = {"loss": 1.0}
 
     def __init__(self, layers: int, width: int, heads: int, inner: int):
         super().__init__()
@@ -53,7 +53,7 @@ class Rows:
 
 def test_held_bytes_of_a_transformer_equal_the_textbook_formula() -> None:
     layers, width, heads, inner, rows = 3, 64, 4, 256, 40 * 5
-    held = count_step(Stack(layers, width, heads, inner), Rows(5, width), {"loss": 1.0}).held  # type: ignore[arg-type]
+    held = count_step(Stack(layers, width, heads, inner), Rows(5, width)).held  # type: ignore[arg-type]
     # Per row: its input, two norms, q k v, attention's output, the sum (8 widths), up before and after GELU; the first
     # layer's input is the batch's. Statistics: two per norm, the log-sum-exp of each head.
     expected = layers * rows * 4 * (8 * width + 2 * inner + 2 * 2 + heads) - rows * 4 * width
@@ -64,8 +64,8 @@ def test_checkpointing_holds_one_width_per_layer_and_peaks_at_one_layer_more() -
     layers, width, heads, inner, rows = 8, 64, 4, 256, 40 * 5
     kept, checkpointed = Stack(layers, width, heads, inner), Stack(layers, width, heads, inner).train()
     checkpoint_blocks(checkpointed.blocks)
-    whole = count_step(kept, Rows(5, width), {"loss": 1.0})  # type: ignore[arg-type]
-    found = count_step(checkpointed, Rows(5, width), {"loss": 1.0})  # type: ignore[arg-type]
+    whole = count_step(kept, Rows(5, width))  # type: ignore[arg-type]
+    found = count_step(checkpointed, Rows(5, width))  # type: ignore[arg-type]
     assert found.held == pytest.approx((layers - 1) * rows * width * 4, abs=64)  # the first one's input is the batch's
     assert found.held + whole.held / layers <= found.peak < whole.held / 2
 
@@ -74,17 +74,19 @@ def test_checkpointing_holds_one_width_per_layer_and_peaks_at_one_layer_more() -
 def test_the_prediction_is_within_2_percent_of_what_autograd_saves_at_demo_size(precision: str) -> None:
     recipe = load_recipe("demo", [f"pretrain.precision={precision}"])
     schemas = schemas_of(recipe, None)
+    task, modalities = make_task(recipe, schemas)
     for samples in (2, 16):
-        measured = saved_bytes(recipe, schemas, samples)
+        measured = saved_bytes(task, largest_batch(modalities, samples))
         assert Model(recipe, schemas).step(samples).held == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["amazon_pretrain", "mimic_pretrain"])
 def test_the_prediction_is_within_5_percent_at_full_size(name: str) -> None:
-    recipe = load_recipe(name, FULL_SIZE)
+    recipe = load_recipe(name)
     schemas = schemas_of(recipe, None)
-    measured, predicted = saved_bytes(recipe, schemas, 2), Model(recipe, schemas).step(2).held
+    task, modalities = make_task(recipe, schemas)
+    measured, predicted = saved_bytes(task, largest_batch(modalities, 2)), Model(recipe, schemas).step(2).held
     print(f"{name}: predicted {predicted:,}, measured {measured:,}, error {predicted / measured - 1:+.1%}")
     assert predicted == pytest.approx(measured, rel=0.05)
 
@@ -119,12 +121,12 @@ def test_states_are_what_two_ranks_of_deepspeed_hold(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_plan_and_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--gpus", "2", "--gpu-memory", "4", "--stage", "1"]) == 0
+    assert main(["plan", "--gpus", "2", "--gpu-memory", "4", "--stage", "1", "--measure", "0"]) == 0
     out = capsys.readouterr().out
     assert "2 GPUs of 4 GiB, ZeRO-1, activations kept" in out
     assert "largest that fits" in out
     assert "micro-batch of 16 (global batch 32 on 2 GPUs) fits" in out
-    assert "error +" in out or "error -" in out
+    assert "measured" not in out
     for wrong, message in (
         (["--gpus", "0", "--gpu-memory", "4"], "at least one GPU"),
         (["--gpus", "99", "--gpu-memory", "4"], "only 32 samples"),
@@ -133,3 +135,25 @@ def test_the_command_prints_a_plan_and_refuses_what_cannot_be(capsys: pytest.Cap
     ):
         assert main(["plan", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_plan_sets_what_a_real_step_holds_beside_its_counts(
+    capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    assert main(["plan", "--gpus", "2", "--gpu-memory", "3", "--measure", "4", f"pretrain.precision={precision}"]) == 0
+    out = capsys.readouterr().out
+    assert "a real step on this CPU, 1 rank, ZeRO-2, micro-batch 4" in out
+    table = [line.rsplit(maxsplit=3) for line in out.partition("predicted")[2].splitlines()[1:]]
+    errors = {name.strip(): float(error.rstrip("%")) for name, _, _, error in table}
+    for name in ("parameters", "gradients", "optimizer", "buckets", "held between forward and backward"):
+        assert errors.pop(name) == pytest.approx(0, abs=2), out
+    assert errors == {"the process at the peak of both": pytest.approx(0, abs=25)}, out
+
+
+def test_a_step_that_does_not_fit_here_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("demo")
+    monkeypatch.setattr("lanistr.plan.free_memory", lambda: 2**20)
+    (line,) = measured_table(Model(recipe, schemas_of(recipe, None)), ZERO, 1)
+    assert line.startswith("not measured: a step of one rank here needs some 0.")

@@ -82,6 +82,9 @@ def test_killed_and_resumed_equals_never_stopped_bitwise(recipe: Path, gold: Pat
     validated = [(run / "validation.jsonl").read_text() for run in (whole, broken)]
     assert validated[0] == validated[1]
     assert [json.loads(line)["step"] for line in validated[0].splitlines()] == [0, 4, 8, 12, STEPS]
+    best = json.loads((whole / "summary.json").read_text())["best"]["step"]
+    kept = {int(folder.name.removeprefix("step-")) for folder in (whole / "checkpoints").glob("step-*")}
+    assert kept == {12, STEPS, best}, "the last two and the one that validated best"
     ends = [find_latest(run) for run in (whole, broken)]
     weights = [load_file(str(end.folder / "weights.safetensors")) for end in ends if end]
     assert weights[0].keys() == weights[1].keys()

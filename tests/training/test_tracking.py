@@ -42,18 +42,19 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.dist
-def test_csv_and_tensorboard_hold_the_rows_of_metrics_jsonl(tmp_path: Path) -> None:
-    with_tensorboard = importlib.util.find_spec("tensorboard") is not None
+def test_every_tracker_that_is_installed_holds_the_rows_of_metrics_jsonl(tmp_path: Path) -> None:
+    with_tensorboard, with_wandb = (importlib.util.find_spec(name) is not None for name in ("tensorboard", "wandb"))
     gold = write_gold(tmp_path / "gold", {"train": 40, "val": 8, "test": 4}, lambda _: NAMES)
     tree = RECIPE.model_dump(mode="json")
     tree["pretrain"] |= {"global_batch": 8, "max_steps": 4, "log_every": 2, "health_every": 2, "eval_every": None}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     config |= {"csv_monitor": {"enabled": True}, "tensorboard": {"enabled": with_tensorboard}}
+    config["wandb"] = {"enabled": with_wandb}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     run = tmp_path / "run"
     given = ["--deepspeed", tmp_path / "ds.json", "--recipe", tmp_path / "tiny.yaml", "--data", gold, "--run", run]
-    finish(launch(1, [str(ROOT / "launchers" / "pretrain.py"), *map(str, given)]))
+    finish(launch(1, [str(ROOT / "launchers" / "pretrain.py"), *map(str, given)], {"WANDB_MODE": "offline"}))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     for name in ("loss", "mlm", "grad_norm/text", "present/image"):
@@ -71,5 +72,9 @@ def test_csv_and_tensorboard_hold_the_rows_of_metrics_jsonl(tmp_path: Path) -> N
         events.Reload()
         scalars = [(event.step, event.value) for event in events.Scalars("loss")]
         assert scalars == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in rows]
+    if with_wandb:
+        (written_offline,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+        log = written_offline.read_bytes()
+        assert all(json.dumps(row["loss"]).encode() in log and b"grad_norm/text" in log for row in rows)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["task"], summary["steps"], summary["samples"]) == ("pretrain", 4, 32)

@@ -1,13 +1,15 @@
-"""What the watchdog concludes from what ranks say; that it ends them is in test_faults.py."""
+"""What the watchdog concludes from what ranks say, and that a hanging rank ends all; dead ones are in test_faults.py."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lanistr.training.watchdog import Beat, Observer, Watchdog
+from tests.ranks import launch
 
 
 def watch(beats: dict[float, dict[int, Beat]], ranks: int = 3, dead_after: float = 5, hang_after: float = 30) -> list:
@@ -70,3 +72,16 @@ def test_a_rank_that_waits_in_vain_for_the_others_ends_with_one_line() -> None:
     ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, **at}, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr == "error: rank 1 waited 0 s at node0:29500 for all 4 ranks to join: one is missing\n"
+
+
+@pytest.mark.slow  # it waits: below 20 s a busy machine looks like a dead rank
+@pytest.mark.dist
+def test_a_rank_that_hangs_ends_all_with_one_line_that_names_it_and_leaves_its_stack(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    processes = launch(3, [str(Path(__file__).with_name("hang_worker.py")), str(tmp_path)])
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert time.monotonic() - begun < 300
+    assert [process.returncode for process in processes] == [1, 1, 1], outputs
+    (line,) = [line for output in outputs for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 1 hangs after step 7, waiting for data: no progress for ")
+    assert "hang_worker.py" in (tmp_path / "incidents" / "stacks-rank-1.txt").read_text()
