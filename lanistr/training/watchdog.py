@@ -158,7 +158,7 @@ class Watchdog:
         found = {distributed.rank(): Beat(**asdict(self.own))}
         if self.store is not None:
             if self.store.check(["verdict"]):
-                self.verdict = self.store.get("verdict").decode()
+                self.verdict = self.store.get("verdict").decode().partition(" ")[2]
             ranks = [rank for rank in range(distributed.world_size()) if self.store.check([f"beat/{rank}"])]
             found |= {rank: Beat(**json.loads(self.store.get(f"beat/{rank}"))) for rank in ranks}
         self.beats = found
@@ -176,8 +176,9 @@ class Watchdog:
         first, store = self.verdict is None, self.store
         if first and store is not None:
             answers: list[str] = []
-            self._briefly(lambda: answers.append(store.compare_set("verdict", "", verdict).decode()))
-            first = answers in ([], [verdict])
+            signed = f"{distributed.rank()} {verdict}"  # another rank may have come to the same words
+            self._briefly(lambda: answers.append(store.compare_set("verdict", "", signed).decode()))
+            first = answers in ([], [signed])
         if first:
             line = f"error: {verdict}; all ranks end here; --resume auto goes on from the last checkpoint"
             print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
+from lanistr.training import distributed
 from lanistr.training.watchdog import Beat, Observer, Watchdog
 from tests.ranks import launch
 
@@ -54,6 +56,22 @@ def test_a_rank_that_failed_is_named_with_its_error_unless_all_are_failing_at_on
     ((now, said), *_) = watch({float(t): at(t) for t in range(1, 6)})
     assert said == "rank 2 failed after step 5, training: OSError: no disk"
     assert now == 4.0, "one beat later: the others may be about to say the same themselves"
+
+
+def test_of_ranks_that_come_to_the_same_verdict_one_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = HashStore()
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    for rank in (1, 2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        watchdog = Watchdog(tmp_path, 1000.0)
+        watchdog.store, watchdog.verdict = store, None
+        watchdog._end("rank 0 hangs after step 3, saving: no progress for 9 s")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rank 0 hangs after step 3, saving")
+    watchdog._listen()
+    assert watchdog.verdict == "rank 0 hangs after step 3, saving: no progress for 9 s"
 
 
 def test_alone_it_leaves_errors_alone(tmp_path: Path) -> None:
