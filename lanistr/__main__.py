@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lanistr.comparison.command import add_ablate, add_compare
 from lanistr.evaluation.command import add_importance, add_robustness
@@ -40,6 +41,23 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--truth", type=Path, help="truth.json of the demo data")
     report.add_argument("--out", type=Path, required=True, help="the report; loss curves go beside it")
     report.set_defaults(run=_report)
+    _add_plan(commands)
+    plot = commands.add_parser("plot", help="loss, throughput and health curves of runs: PNG files and one HTML page")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    plot.add_argument("--out", type=Path, required=True, help="folder")
+    plot.set_defaults(run=_plot)
+    for add in (add_importance, add_robustness, add_compare, add_ablate, add_tune):
+        add(commands)
+    arguments = _parse(parser, argv)
+    try:
+        print(arguments.run(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="memory per GPU under a recipe, and the largest micro-batch that fits")
     plan.add_argument("--recipe", default="demo", help="name or path")
     plan.add_argument("--data", help="gold dataset whose vocabulary and columns count (default: the paper's)")
@@ -54,19 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(run=_plan)
-    plot = commands.add_parser("plot", help="loss, throughput and health curves of runs: PNG files and one HTML page")
-    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    plot.add_argument("--out", type=Path, required=True, help="folder")
-    plot.set_defaults(run=_plot)
-    for add in (add_importance, add_robustness, add_compare, add_ablate, add_tune):
-        add(commands)
-    arguments = _parse(parser, argv)
-    try:
-        print(arguments.run(arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -114,6 +119,9 @@ def _plan(arguments: argparse.Namespace) -> str:
     if arguments.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     manifest = Manifest.load(arguments.data) if arguments.data else None
+    if arguments.measure:
+        said = f"planning, then a real step of {arguments.measure} samples on this CPU (a minute at full size; --measure 0: none)"
+        print(said, file=sys.stderr, flush=True)
     return plan(recipe, zero, arguments.gpus, arguments.gpu_memory, manifest, arguments.measure)
 
 

@@ -83,7 +83,7 @@ def test_the_prediction_is_within_2_percent_of_what_autograd_saves_at_demo_size(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["amazon_pretrain", "mimic_pretrain"])
 def test_the_prediction_is_within_5_percent_at_full_size(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, ["pretrain.precision=float32"])
     schemas = schemas_of(recipe, None)
     task, modalities = make_task(recipe, schemas)
     measured, predicted = saved_bytes(task, largest_batch(modalities, 2)), Model(recipe, schemas).step(2).held
