@@ -119,7 +119,7 @@ def _plan(arguments: argparse.Namespace) -> str:
     if arguments.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     manifest = Manifest.load(arguments.data) if arguments.data else None
-    if arguments.measure:
+    if arguments.measure > 0:
         said = f"planning, then a real step of {arguments.measure} samples on this CPU (a minute at full size; --measure 0: none)"
         print(said, file=sys.stderr, flush=True)
     return plan(recipe, zero, arguments.gpus, arguments.gpu_memory, manifest, arguments.measure)

@@ -97,7 +97,7 @@ def plan(
         measure: samples of a real step on this CPU, to check the counts by; 0 = none.
 
     Raises:
-        ValueError: ``gpus`` or ``gpu_memory`` below 1; more GPUs than samples in a step; bfloat16 at stage 0.
+        ValueError: ``gpus`` or ``gpu_memory`` below 1; ``measure`` below 0; more GPUs than samples in a step; bfloat16 at stage 0.
     """
     if gpus < 1 or gpu_memory <= 0:
         raise ValueError(f"--gpus {gpus} --gpu-memory {gpu_memory}: give at least one GPU, and its memory in GiB")
@@ -105,6 +105,8 @@ def plan(
         raise ValueError(
             f"--gpus {gpus}: a step has only {recipe.pretrain.global_batch} samples (pretrain.global_batch)"
         )
+    if measure < 0:
+        raise ValueError(f"--measure {measure}: give a number of samples, or 0 for no measurement")
     if zero.get("stage", 0) == 0 and recipe.pretrain.precision == "bfloat16":
         raise ValueError("stage 0 with bfloat16 trains wrong and is refused in training; plan stage 1 or 2")
     model = Model(recipe, schemas_of(recipe, manifest))

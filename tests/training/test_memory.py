@@ -131,6 +131,7 @@ def test_the_command_prints_a_plan_and_refuses_what_cannot_be(capsys: pytest.Cap
         (["--gpus", "0", "--gpu-memory", "4"], "at least one GPU"),
         (["--gpus", "99", "--gpu-memory", "4"], "only 32 samples"),
         (["--gpus", "1", "--gpu-memory", "4", "--stage", "0", "pretrain.precision=bfloat16"], "refused"),
+        (["--gpus", "1", "--gpu-memory", "4", "--measure", "-1"], "--measure -1: give a number"),
         (["--gpus", "1", "--gpu-memory", "4", "--deepspeed", "nowhere.json"], "nowhere.json"),
     ):
         assert main(["plan", *wrong]) == 2

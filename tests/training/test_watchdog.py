@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lanistr.training import distributed
 from lanistr.training.watchdog import Beat, Observer, Watchdog
