@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lanistr.baselines import Method
+from lanistr.baselines.autogluon import AutoGluon, AutoGluonMethod, Fusion
 from lanistr.baselines.late_fusion import LateFusionMethod
 from lanistr.baselines.medfuse import MedFuseMethod
 from lanistr.baselines.ours import LanistrMethod, Pretraining
@@ -26,6 +27,7 @@ class Setting:
         unlabelled: gold dataset that the other methods pretrain on.
         pretrain_seeds: how often they do.
         text_encoder: folder of a pretrained BERT with its tokenizer; None = the package's MiniLM.
+        autogluon: where AutoGluon is; None = not there.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Setting:
     unlabelled: Path
     pretrain_seeds: int
     text_encoder: Path | None = None
+    autogluon: AutoGluon | None = None
 
     def encoder(self) -> Path:
         """Raises ValueError where there is none."""
@@ -46,6 +49,12 @@ class Setting:
         return found
 
 
+def _autogluon(setting: Setting, fusion: Fusion) -> AutoGluonMethod:
+    if setting.autogluon is None:
+        raise ValueError("method autogluon needs an interpreter that has autogluon.multimodal: --autogluon-python PATH")
+    return AutoGluonMethod(setting.autogluon, setting.work / f"autogluon_{fusion}", fusion)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method.
@@ -55,12 +64,14 @@ class Entry:
         make: makes it.
         needs: kinds of modalities without which it makes no sense.
         package: an optional dependency.
+        extra: made only where it is asked for by name, or AutoGluon is there.
     """
 
     about: str
     make: Callable[[Setting], Method]
     needs: tuple[str, ...] = ()
     package: str | None = None
+    extra: bool = False
 
 
 METHODS: dict[str, Entry] = {
@@ -112,6 +123,16 @@ METHODS: dict[str, Entry] = {
         lambda s: Tab2TxtMethod(s.recipe, s.unlabelled, s.work / "tab2txt", s.pretrain_seeds),
         ("text", "tabular"),
     ),
+    "autogluon_mlp": Entry(
+        "AutoGluon MultiModal, MLP fusion, in an environment of its own",
+        lambda s: _autogluon(s, "mlp"),
+        extra=True,
+    ),
+    "autogluon_transformer": Entry(
+        "AutoGluon MultiModal, Transformer fusion, in an environment of its own",
+        lambda s: _autogluon(s, "transformer"),
+        extra=True,
+    ),
     "lanistr_scratch": Entry(
         "LANISTR without pretraining; encoders without published weights are trained",
         lambda s: LanistrMethod(s.recipe, s.work / "lanistr_scratch", s.ds_config, None),
@@ -134,7 +155,8 @@ def make_methods(names: list[str] | None, kinds: set[str], setting: Setting) -> 
         ValueError: an unknown name; one that needs a modality that is not there.
     """
     reasons = unfit(kinds)
-    chosen = names or [name for name in METHODS if name not in reasons]
+    fitting = [name for name in METHODS if name not in reasons]
+    chosen = names or [name for name in fitting if setting.autogluon or not METHODS[name].extra]
     for name in chosen:
         if name not in METHODS:
             raise ValueError(f"method {name!r}: known are {', '.join(METHODS)}")

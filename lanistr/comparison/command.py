@@ -41,6 +41,10 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     compare.add_argument(
         "--text-encoder", type=Path, help="folder of a BERT for the probes (default: MiniLM's package)"
     )
+    compare.add_argument(
+        "--autogluon-python", type=Path, metavar="PATH", help="interpreter that has autogluon.multimodal"
+    )
+    compare.add_argument("--autogluon-config", type=Path, metavar="JSON", help="file of AutoGluon's hyperparameters")
     compare.set_defaults(run=run_compare)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from lanistr.baselines.autogluon import AutoGluon
 from lanistr.baselines.ours import Pretraining
 from lanistr.baselines.registry import METHODS, Setting, make_methods, unfit
 from lanistr.comparison.cells import CellStore
@@ -33,6 +34,7 @@ def compare_methods(arguments: argparse.Namespace) -> str:
         unlabelled,
         seeds,
         arguments.text_encoder,
+        AutoGluon(arguments.autogluon_python, arguments.autogluon_config) if arguments.autogluon_python else None,
     )
     kinds = {modality.kind for modality in splits.train.modalities.values()}
     methods = make_methods(arguments.methods, kinds, setting)
