@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lanistr.batch import Batch
+from lanistr.batch import Batch, to_device
 from lanistr.data.loader import Collator, LoaderState, TrainLoader, eval_batches
 from lanistr.data.prefetch import prefetch
 from lanistr.data.reader import GoldDataset
@@ -107,6 +107,17 @@ def test_worker_processes_make_the_same_batches_bitwise(gold: Path, workers: int
     helped = [m for step in loader(gold, micro=4, workers=workers).steps(3, 7) for m in step]
     assert len(alone) == len(helped) == 8
     assert all(map(equal, alone, helped))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [False, True])
+def test_batches_that_were_copied_ahead_to_a_gpu_are_those_of_the_cpu(gold: Path, processes: bool) -> None:
+    made = loader(gold)._make
+    batches = list(prefetch(made, range(6), 2, processes, "cuda"))
+    assert all(tensor.is_cuda for batch in batches for tensor in tensors(batch))
+    found = [to_device(batch, "cpu") for batch in batches]
+    torch.cuda.synchronize()
+    assert all(map(equal, found, map(made, range(6))))
 
 
 def test_global_batches_do_not_depend_on_accumulation(gold: Path) -> None:
