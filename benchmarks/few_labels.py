@@ -3,8 +3,8 @@
 ``python benchmarks/few_labels.py --from RUN --data GOLD --labels 50,200,800 --seeds 5 --work DIR --out results.json``.
 
 Nothing is frozen in either arm; each is trained for the same number of steps whatever the labels, keeps its best step on
-validation, and reads the test split once per model. Everything else is the recipe of the run. Finished models are kept in
-``--work``. With ``--truth truth.json`` of the demo's data the rows say what is reachable.
+validation, and reads the test split once per model. Everything else is the recipe of the run. Finished models' answers are
+kept in ``--work``, and the result file grows seed by seed. With ``--truth truth.json`` of the demo's data the rows say what is reachable.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,27 @@ def schedule(recipe: Recipe, labels: int, steps: int, looks: int) -> Recipe:
     return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})
 
 
-def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per label count and arm: accuracy, interval, and the paired test of pretraining against none."""
+def compare(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """After each seed a row per label count and arm: accuracy, interval, paired test of pretraining against none."""
     recipe = load_recipe(str(arguments.source / "recipe.yaml"), arguments.overrides)
     splits = Splits.open(recipe, arguments.data)
     identity = identify(splits, recipe, arguments) | {"steps": arguments.steps, "from": str(arguments.source)}
-    store, cells = CellStore(arguments.work, identity), []
-    for labels in arguments.labels:
-        count = labels or len(splits.draw(None, 0))
-        scheduled = schedule(recipe, count, arguments.steps, arguments.looks)
-        sources = {"pretrained": arguments.source, "scratch": None}
-        methods = {
-            arm: LanistrMethod(scheduled, arguments.work / "runs" / arm, ZERO, source)
-            for arm, source in sources.items()
-        }
-        cells += run_grid(methods, [labels], arguments.seeds, splits, store, METRICS["class"][METRIC])
+    store = CellStore(arguments.work, identity | {"looks": arguments.looks})
+    everything = len(splits.draw(None, 0))
+    by_labels = {
+        labels: arms(schedule(recipe, labels or everything, arguments.steps, arguments.looks), arguments)
+        for labels in arguments.labels
+    }
+    for seeds in range(1, arguments.seeds + 1):
+        cells = [
+            cell
+            for labels, methods in by_labels.items()
+            for cell in run_grid(methods, [labels], seeds, splits, store, METRICS["class"][METRIC])
+        ]
+        rows = make_rows(cells, store, Truth.of(splits.test), [METRIC], "pretrained", splits.train.manifest.name)
+        print(markdown(rows, ABOUT, "pretrained"), flush=True)
+        yield [row | _reachable(arguments.truth, row["mean"]) for row in rows]
     distributed.shutdown()
-    rows = make_rows(cells, store, Truth.of(splits.test), [METRIC], "pretrained", splits.train.manifest.name)
-    print(markdown(rows, ABOUT, "pretrained"))
-    return [row | _reachable(arguments.truth, row["mean"]) for row in rows]
 
 
 def arms(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, LanistrMethod]:
@@ -107,7 +110,8 @@ def main() -> None:
     arguments.pretrain_data, arguments.pretrain_seeds = None, 1
     prepare(verbose=False)
     logging.getLogger("lanistr.comparison").setLevel(logging.INFO)
-    write_result(arguments.out, "few_labels", compare(arguments))
+    for rows in compare(arguments):
+        write_result(arguments.out, "few_labels", rows)
 
 
 if __name__ == "__main__":
