@@ -3,7 +3,7 @@
 Image-text contrast against momentum encoders and a queue, image-text matching with hard negatives, masked language
 modelling on the fused tokens with the momentum model as a teacher. The recipe's BERT and ViT are the unimodal encoders
 and LANISTR's fusion encoder is the multimodal one: it attends over [CLS], text and image together, where the published
-one has cross-attention; its [CLS] is classified after fine-tuning, as published.
+one has cross-attention; after fine-tuning its [CLS], or the mean of its tokens, is classified.
 
 Shape suffixes: S texts, n images, P pairs, T packed tokens, D fusion width, H hidden width of an encoder, E embedding
 width, M masked tokens, F fused rows.

@@ -170,6 +170,6 @@ class AlbefMethod(PretrainedMethod):
         return task, task.model, collator, positions_N
 
     def tuned(self, recipe: Recipe) -> Recipe:
-        """As published: everything is trained, the multimodal encoder's [CLS] is classified."""
-        changes = {"freeze": "none", "transfer": "all", "pooling": "cls", "unimodal": 0.0}
+        """Everything is trained, as published; the recipe says what of the multimodal encoder is classified."""
+        changes = {"freeze": "none", "transfer": "all", "unimodal": 0.0}
         return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})
