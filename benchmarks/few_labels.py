@@ -2,15 +2,15 @@
 
 ``python benchmarks/few_labels.py --from RUN --data GOLD --labels 50,200,800 --seeds 5 --work DIR --out results.json``.
 
-Nothing is frozen in either arm; each is trained for the same number of steps whatever the labels, keeps its best step on
-validation, and reads the test split once per model. Everything else is the recipe of the run. Finished models' answers are
-kept in ``--work``, and the result file grows seed by seed. With ``--truth truth.json`` of the demo's data the rows say what is reachable.
+Nothing is frozen in either arm; each is trained for about the same number of steps whatever the labels, keeps its best step
+on validation, and reads the test split once per model. Everything else is the recipe of the run. Finished models' answers are
+kept in ``--work``, and the result file grows seed by seed. With ``--truth truth.json`` of the demo's data the rows say
+what is reachable.
 """
 
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,12 +39,12 @@ ZERO = ROOT / "ds_configs" / "zero2.json"
 
 
 def schedule(recipe: Recipe, labels: int, steps: int, looks: int) -> Recipe:
-    """The recipe with ``steps`` updates on ``labels`` samples, and about ``looks`` validations, the last one at the end."""
+    """The recipe with about ``steps`` updates on ``labels`` samples, and ``looks`` validations, the last one at the end."""
     per_epoch = labels // recipe.finetune.global_batch
     if not per_epoch:
         raise ValueError(f"{labels} labels are less than a batch; give finetune.global_batch={labels} or fewer")
     eval_every = max(1, round(steps / looks / per_epoch))
-    epochs = eval_every * math.ceil(steps / (eval_every * per_epoch))
+    epochs = eval_every * max(1, round(steps / (eval_every * per_epoch)))
     changes = {"epochs": epochs, "max_steps": None, "eval_every": eval_every, "freeze": "none", "save_every": 1 << 30}
     return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})
 
