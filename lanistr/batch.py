@@ -75,7 +75,8 @@ class FusionIndex:
     the second half the masked one, row by row aligned.
 
     Attributes:
-        gather_T: row of the token pool per fusion row; the pool is ``cat([cls (1, D), tokens of modality 1, ...])``.
+        gather_T: row of the token pool per fusion row; the pool is ``cat([cls (1, D), tokens of modality 1, ...])``, then
+            a learnt token for each modality that has one.
             Rows of dummies are in the pool but never gathered: their gradient is exactly zero.
         layout: of views * B sequences.
         cls_S: fusion row of each sequence's [CLS].
@@ -244,6 +245,7 @@ def make_fusion_index(
     pool_sizes: Sequence[int],
     weights_B: np.ndarray,
     views: int,
+    absent_tokens: Sequence[bool] = (),
 ) -> FusionIndex:
     """Index that assembles the fusion sequences of ``views`` views of B samples.
 
@@ -254,6 +256,7 @@ def make_fusion_index(
             view 0, then view 1.
         weights_B: sample weights.
         views: 1 or 2.
+        absent_tokens: per modality, whether a learnt token stands in for it where a sample lacks it; none = nowhere.
     """
     sources, pool_M = 1 + len(rows), np.asarray(pool_sizes)
     counts_R = np.concatenate(token_counts).astype(np.int64)
@@ -267,15 +270,22 @@ def make_fusion_index(
     first_VS = np.zeros((views, len(sizes_S)), dtype=np.int64)
     # Rows of a sample are neighbours in the pool: the first one, written last, tells where all of them are.
     first_VS[:, slot_R[::-1]] = first_VR[:, ::-1]
+    absent_S = np.zeros(len(sizes_S), dtype=bool)
+    for token, modality in enumerate(np.flatnonzero(absent_tokens)):  # behind the tokens of all modalities in the pool
+        lacking = np.arange(1 + modality, len(sizes_S), sources)
+        lacking = lacking[sizes_S[lacking] == 0]
+        absent_S[lacking], sizes_S[lacking], first_VS[:, lacking] = True, 1, 1 + views * pool_M.sum() + token
     gather_T = _ranges(first_VS.ravel(), np.tile(sizes_S, views))
     per_sample = sizes_S.reshape(-1, sources).sum(1)
     layout = make_layout(np.tile(per_sample, views))
-    weights_S = (1 / np.maximum(sizes_S, 1)).astype(np.float32)
+    # A learnt token is no content of its modality: it belongs to [CLS], with weight 0.
+    slots_S = np.where(absent_S, np.arange(len(sizes_S)) // sources * sources, np.arange(len(sizes_S)))
+    weights_S = np.where(absent_S, 0, 1 / np.maximum(sizes_S, 1)).astype(np.float32)
     return FusionIndex(
         gather_T=torch.from_numpy(gather_T),
         layout=layout,
         cls_S=layout.cu_seqlens[:-1].long(),
         token_weight_T=torch.from_numpy(np.repeat((weights_B / per_sample).astype(np.float32), per_sample)),
-        slot_T=torch.from_numpy(np.repeat(np.arange(len(sizes_S)), sizes_S)),
+        slot_T=torch.from_numpy(np.repeat(slots_S, sizes_S)),
         slot_weight_T=torch.from_numpy(np.repeat(weights_S, sizes_S)),
     )

@@ -47,6 +47,17 @@ class DataConfig(Strict):
     cache_gb: float = Field(default=100.0, gt=0)
 
 
+class ModalityConfig(Strict):
+    """What the blocks of all modalities have.
+
+    Attributes:
+        absent_token: a learnt token stands in fusion for the modality where a sample lacks it (not in the paper, where an
+            absent modality has no token).
+    """
+
+    absent_token: bool = False
+
+
 class FusionConfig(Strict):
     """The multimodal encoder (paper: 6 layers, 12 heads, width 768, intermediate 3072, projections 2048).
 

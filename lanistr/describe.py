@@ -33,7 +33,7 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
         parts[f"{name} encoder"] = _count(encoder.encoder)
         parts[f"{name} head ({modality.term})"] = _count(encoder.head)
         parts[f"{name} projection"] = _count(encoder.projection)
-    parts["fusion encoder"] = _count(model.fusion)
+    parts["fusion encoder"] = _count(model.fusion) + _count(model.absent)
     parts["SimMMM projector"] = _count(task.heads.projector)
     parts["SimMMM predictor"] = _count(task.heads.predictor)
     assert sum(parts.values()) == _count(task), "a part is missing from the count"

@@ -95,7 +95,7 @@ def test_the_graph_answers_as_the_model_for_every_presence_pattern_batch_and_len
     gold = write_gold(tmp_path / "gold", {"train": 32}, lambda i: PATTERNS[i % 15])
     run, task = finetuning(tmp_path, gold)
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--onnx"]) == 0
-    session = onnxruntime.InferenceSession(tmp_path / "out" / ONNX, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(tmp_path / "out" / ONNX, providers=["CPUExecutionProvider"])
     assert str(Path(__file__).parents[1]).encode() not in (tmp_path / "out" / ONNX).read_bytes(), (
         "no paths of this machine"
     )
@@ -119,6 +119,14 @@ def test_the_graph_answers_as_the_model_for_every_presence_pattern_batch_and_len
     (of_gold,) = session.run(None, model.pad([dataset.read(i).contents for i in range(dataset.n)]))
     for (_, answer), row in zip(answers, of_gold, strict=True):
         assert list(answer.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-5)
+
+
+def test_learnt_tokens_have_no_padded_form() -> None:
+    recipe = recipe_with(model__modalities__image__absent_token=True)
+    modalities = tiny_modalities(recipe)
+    task = Finetune(build_model(recipe.model, modalities, 0), 16, 3, FinetuneConfig(), 0)
+    with pytest.raises(ValueError, match="image: absent_token has no padded form"):
+        PaddedModel(task, modalities)
 
 
 @needs_onnx
@@ -150,7 +158,7 @@ def test_the_demo_s_own_model_is_exported_within_tolerance(tmp_path: Path) -> No
     out = export_run(tmp_path / "run", tmp_path / "out", onnx=True)  # compares all 16 patterns itself
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(out / ONNX, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(out / ONNX, providers=["CPUExecutionProvider"])
     predictor = Predictor.from_pretrained(out)
     assert predictor.task is not None
     dataset = predictor.open(gold, "test")

@@ -65,6 +65,7 @@ class Collator:
             pools.append(int(collated.token_counts.sum()))
             tokens.append(collated.token_counts if present else np.zeros(0, dtype=np.int64))
             rows.append(np.array(present, dtype=np.int64))
+        absent = [modality.absent_token for modality in self.modalities.values()]
         labels = np.array([sample.label for sample in samples], dtype=np.int64)
         if self.views == 1:
             labelled = (labels >= 0) & (weights_B > 0)
@@ -80,7 +81,7 @@ class Collator:
             weights_B=torch.from_numpy(weights_B),
             presence_B=torch.from_numpy(np.array([sample.presence for sample in samples], dtype=np.int64)),
             inputs=inputs,
-            fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views),
+            fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views, absent),
             counts=counts,
             targets_BL=_targets(samples),
         )

@@ -88,6 +88,7 @@ class Modality(ABC, Generic[ContentT, InputT]):
         self.block = config
         self.members = tuple(schema.members)
         self.items = schema.items
+        self.absent_token = bool(config.get("absent_token"))
 
     def parse_config(self, cls: type[ConfigT], config: dict[str, Any]) -> ConfigT:
         """The recipe's block, validated. Raises ValueError that names the key."""

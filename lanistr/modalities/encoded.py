@@ -41,6 +41,7 @@ class EncodedModality(Modality[np.ndarray, Encoded]):
         self.name, self.block = inner.name, inner.block
         self.inner, self.hidden, self.dtype, self.views = inner, hidden, dtype, views
         self.members, self.items = (f"encoded/{inner.name}",), 1
+        self.absent_token = inner.absent_token
         self.augments = views > 1
 
     @classmethod

@@ -19,14 +19,15 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lanistr.manifest import ModalitySchema, Strict
+from lanistr.config import ModalityConfig
+from lanistr.manifest import ModalitySchema
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext, address, stack
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.raw import read_image_file
 from lanistr.transforms import MEMBERS, ImageSpec, encode_image
 
 
-class ImageConfig(Strict):
+class ImageConfig(ModalityConfig):
     """Size of the ViT (defaults: ViT-B/16 at 224 px) and masking.
 
     Attributes:

@@ -201,6 +201,8 @@ def make_padded(modality: Modality[Any, Any], encoder: Any) -> PaddedModality:
     """The padded form of a modality. Raises ValueError for one that has none."""
     if modality.kind not in PADDED:
         raise ValueError(f"{modality.name}: {modality.kind} has no padded form; there are {', '.join(PADDED)}")
+    if modality.absent_token:
+        raise ValueError(f"{modality.name}: absent_token has no padded form")
     if modality.items > 1:
         raise ValueError(f"{modality.name}: up to {modality.items} per sample; the padded form takes one")
     return PADDED[modality.kind](modality, encoder)

@@ -13,12 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import glu, linear, relu
 
-from lanistr.manifest import Strict
+from lanistr.config import ModalityConfig
 from lanistr.ops.ghost_norm import GhostBatchNorm
 from lanistr.ops.sparsemax import sparsemax
 
 
-class TabularConfig(Strict):
+class TabularConfig(ModalityConfig):
     """Size of TabNet and masking.
 
     Attributes:

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lanistr.batch import Layout, make_layout
-from lanistr.manifest import ModalitySchema, Strict
+from lanistr.config import ModalityConfig
+from lanistr.manifest import ModalitySchema
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.ops.attention import attention
@@ -26,7 +27,7 @@ HF_ATTENTION = "lanistr_packed"
 KEPT = -1  # in a corruption: this token is neither changed nor predicted
 
 
-class TextConfig(Strict):
+class TextConfig(ModalityConfig):
     """Size of BERT (defaults: bert-base) and masking.
 
     Attributes:

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lanistr.batch import Layout, make_layout
-from lanistr.manifest import ModalitySchema, Strict
+from lanistr.config import ModalityConfig
+from lanistr.manifest import ModalitySchema
 from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import match_rows
 from lanistr.ops.transformer import Block, checkpoint_blocks
@@ -22,7 +23,7 @@ from lanistr.raw import read_points
 from lanistr.transforms import MEMBERS, SeriesSpec, encode_points, read_npy
 
 
-class SeriesConfig(Strict):
+class SeriesConfig(ModalityConfig):
     """Size of the encoder (defaults: Table 5) and masking.
 
     Attributes:

@@ -71,7 +71,8 @@ class FusionEncoder(nn.Module):
         """Put [CLS] and the tokens of each sample's present modalities one after the other.
 
         Args:
-            pools: tokens of each modality, (rows of all views, D), in the order that ``index`` was made for.
+            pools: tokens of each modality, (rows of all views, D), in the order that ``index`` was made for; then the
+                learnt tokens of absent modalities.
             index: of the batch.
 
         Returns:

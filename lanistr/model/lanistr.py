@@ -31,6 +31,8 @@ class Lanistr(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleDict({name: m.build(config.fusion.width, backend) for name, m in modalities.items()})
         self.fusion = FusionEncoder(config.fusion, backend)
+        learnt = [name for name, modality in modalities.items() if modality.absent_token]
+        self.absent = nn.ParameterDict({name: 0.02 * torch.randn(1, config.fusion.width) for name in learnt})
         if config.checkpoint_activations:
             for name in self.encoders:
                 self.encoder(name).checkpoint_activations()
@@ -94,6 +96,8 @@ class Lanistr(nn.Module):
             else:
                 hidden[name] = encoder.encode(inputs)
                 pools.append(encoder.project(hidden[name], inputs))
+        # In the order of the modalities: a `ParameterDict` may sort its names.
+        pools += [self.absent[name].to(pools[0].dtype) for name in self.encoders if name in self.absent]
         return self.fusion.assemble(pools, batch.fusion), hidden
 
 

@@ -109,6 +109,10 @@ def oracle_terms(
                 config = getattr(modalities[name], "config")  # noqa: B009
                 enters = h[:1] if getattr(config, "fusion_tokens", "all") == "cls" else h
                 tokens[row][view].append(task.model.encoder(name).projection(enters))
+    for name, token in task.model.absent.items():
+        for row in (i for i in range(size) if name not in contents[i]):
+            for view in range(2):
+                tokens[row][view].append(token)
     terms["mmm"] = _similarity(task, tokens)
     return terms
 

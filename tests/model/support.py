@@ -163,7 +163,7 @@ def make_batch(
         weights_B=torch.ones(size),
         presence_B=torch.zeros(size, dtype=torch.int64),
         inputs=inputs,
-        fusion=make_fusion_index(tokens, rows, pools, np.ones(size), views=2),
+        fusion=make_fusion_index(tokens, rows, pools, np.ones(size), 2, [m.absent_token for m in modalities.values()]),
         counts=counts,
     )
 

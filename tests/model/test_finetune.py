@@ -13,8 +13,8 @@ from lanistr.data.loader import Collator
 from lanistr.data.samples import Sample
 from lanistr.manifest import Target
 from lanistr.model.lanistr import build_model
-from lanistr.tasks import Finetune, balanced_weights
-from tests.model.support import NAMES, RECIPE, make_modalities, random_samples
+from lanistr.tasks import Finetune, balanced_weights, mean_by_modality
+from tests.model.support import NAMES, RECIPE, make_modalities, random_samples, recipe_with
 
 
 def naive_pool(rows_TD: torch.Tensor, tokens: dict[str, int], pooling: str) -> torch.Tensor:
@@ -62,6 +62,39 @@ def test_classifier_sees_each_samples_own_tokens(pooling: Literal["cls", "mean",
         expected.append(task.classifier(naive_pool(fused_TD[start:stop], tokens, pooling)))
     assert len(expected) == 4
     np.testing.assert_allclose(task.logits(batch)["cls"].detach(), torch.stack(expected).detach(), atol=1e-5)
+
+
+def test_a_learnt_token_stands_in_for_an_absent_modality_and_counts_as_no_content_of_it() -> None:
+    recipe = recipe_with(**{f"model__modalities__{name}__absent_token": True for name in ("image", "tabular")})
+    modalities = make_modalities(recipe)
+    presence = [["text"], list(NAMES), ["tabular", "image"], []]
+    contents, _ = random_samples(modalities, presence, seed=1)
+    samples = [Sample(str(i), 0, 0, c) for i, c in enumerate(contents)]
+    batch = Collator(modalities, views=1, seed=0)(samples, [1.0] * 4, epoch=0)
+    task = Finetune(
+        build_model(recipe.model, modalities, 0), 16, 3, FinetuneConfig(pooling="modalities", unimodal=1.0), 0
+    ).eval()
+    tokens = [{n: int(modalities[n].collate([c], None, [1.0]).token_counts[0]) for n, c in x.items()} for x in contents]
+    stand_ins = [2, 0, 0, 2]
+    lengths = batch.fusion.layout.cu_seqlens.diff().tolist()
+    assert lengths == [1 + sum(own.values()) + extra for own, extra in zip(tokens, stand_ins, strict=True)]
+    rows_TD, _ = task.model.tokens(batch)
+    first, last = rows_TD[: lengths[0]], rows_TD[-lengths[3] :]
+    learnt_2D = torch.cat([task.model.absent["image"], task.model.absent["tabular"]])
+    torch.testing.assert_close(first[-2:], learnt_2D)
+    torch.testing.assert_close(last, torch.cat([task.model.fusion.cls, learnt_2D]))
+    means_BMD = mean_by_modality(rows_TD, batch, 4)
+    torch.testing.assert_close(means_BMD[0, 0], task.model.fusion.cls[0])  # [CLS] alone, without its companions
+    assert not means_BMD[0, 2:].any()
+    logits = task.logits(batch)
+    assert not logits["cls_image"][[0, 3]].any()
+    assert logits["cls_image"][[1, 2]].all()
+    changed = Finetune(build_model(recipe.model, modalities, 0), 16, 3, FinetuneConfig(pooling="mean"), 0).eval()
+    before = changed.predict(batch)
+    with torch.no_grad():
+        changed.model.absent["image"] += torch.arange(16) % 3  # a layer norm does not see a constant
+    moved = (changed.predict(batch) - before).abs().amax(1) > 1e-6
+    assert moved.tolist() == [True, False, False, True], "the token is seen where the image lacks, and only there"
 
 
 def test_unimodal_classifiers_are_taught_by_the_samples_that_have_the_modality() -> None:

@@ -47,8 +47,17 @@ def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: lis
         {"objective__similarity": "cls"},
         {"model__modalities__text__corruption": "bert"},
         {"model__checkpoint_activations": True},
+        {f"model__modalities__{name}__absent_token": True for name in NAMES},
+        {f"model__modalities__{name}__absent_token": True for name in ("image", "timeseries")},
     ],
-    ids=["text cls in fusion", "SimMMM over cls", "80/10/10", "activation checkpointing"],
+    ids=[
+        "text cls in fusion",
+        "SimMMM over cls",
+        "80/10/10",
+        "activation checkpointing",
+        "absent tokens",
+        "two of them",
+    ],
 )
 def test_switches_equal_the_oracle_too(changes: dict) -> None:
     assert_equals_oracle(recipe_with(**changes), [NAMES, ("text", "tabular"), ("image",), ()], 7)
@@ -84,10 +93,14 @@ def hook_order(task: torch.nn.Module, batch: object) -> list[str]:
     return order
 
 
+ABSENT = recipe_with(**{f"model__modalities__{name}__absent_token": True for name in NAMES})
+
+
 @pytest.mark.parametrize("masks_as_bits", range(15))
-def test_gradient_hook_order_is_the_same_for_every_presence_pattern(masks_as_bits: int) -> None:
-    modalities = make_modalities()
-    task = make_pretrain(modalities)
+@pytest.mark.parametrize("recipe", [RECIPE, ABSENT], ids=["as published", "absent tokens"])
+def test_gradient_hook_order_is_the_same_for_every_presence_pattern(recipe: Recipe, masks_as_bits: int) -> None:
+    modalities = make_modalities(recipe)
+    task = make_pretrain(modalities, recipe=recipe)
     complete = make_batch(modalities, *random_samples(modalities, [NAMES] * 3, 0))
     present = [n for i, n in enumerate(NAMES) if masks_as_bits >> i & 1]
     partial = make_batch(modalities, *random_samples(modalities, [present] * 2, 1))
@@ -96,9 +109,10 @@ def test_gradient_hook_order_is_the_same_for_every_presence_pattern(masks_as_bit
     assert hook_order(task, partial) == expected
 
 
-def test_finite_garbage_in_dummies_changes_nothing_bitwise() -> None:
-    modalities = make_modalities()
-    task = make_pretrain(modalities)
+@pytest.mark.parametrize("recipe", [RECIPE, ABSENT], ids=["as published", "absent tokens"])
+def test_finite_garbage_in_dummies_changes_nothing_bitwise(recipe: Recipe) -> None:
+    modalities = make_modalities(recipe)
+    task = make_pretrain(modalities, recipe=recipe)
     garbage = {
         "text": np.array([7]),
         "image": np.full((8, 8, 3), 255, dtype=np.uint8),

@@ -88,13 +88,15 @@ def fit(task: Finetune, loader: TrainLoader, steps: int) -> list[float]:
         {"freeze": "encoders", "unimodal": 0.5, "modality_dropout": 0.3},
         {"freeze": ["text", "tabular"]},
         {"freeze": ["image", "projections", "fusion"]},
+        {"freeze": "encoders", "absent_token": True},
     ],
 )
 def test_losses_weights_and_predictions_are_those_of_a_run_without_cache(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
+    recipe = recipe_with(model__modalities__image__absent_token=config.pop("absent_token", False))
     gold = write(tmp_path, {"image": 2, "text": 2})
-    plain, ours = Run(gold, tmp_path / "run", **config), Run(gold, tmp_path / "run", **config)
+    plain, ours = Run(gold, tmp_path / "run", recipe, **config), Run(gold, tmp_path / "run", recipe, **config)
     train, val = ours.cached()
     losses = fit(plain.task, plain.loader(plain.train), 9)
     assert max(losses) > min(losses)
