@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lanistr.comparison.command import add_ablate, add_compare
-from lanistr.evaluation.command import add_importance, add_robustness
+from lanistr.comparison.robustness import add_robustness
+from lanistr.evaluation.command import add_importance
 from lanistr.tune import add_tune
 
 

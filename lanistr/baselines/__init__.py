@@ -34,11 +34,9 @@ class Subset:
 
     def only(self, names: Collection[str]) -> "Subset":
         """The same samples without the other modalities."""
-        dataset = self.dataset
-        kept = {name: modality for name, modality in dataset.modalities.items() if name in names}
-        if len(kept) == len(dataset.modalities):
+        if set(self.dataset.modalities) <= set(names):
             return self
-        return Subset(GoldDataset(dataset.path, dataset.split, kept, store=dataset.store), self.positions_N)
+        return Subset(self.dataset.only(names), self.positions_N)
 
     def __len__(self) -> int:
         return len(self.positions_N)

@@ -116,8 +116,7 @@ def corpus(dataset: GoldDataset) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _narrow(dataset: GoldDataset, names: tuple[str, ...]) -> GoldDataset:
-    modalities = {name: dataset.modalities[name] for name in names}
-    return GoldDataset(dataset.path, dataset.split, modalities, store=dataset.store)
+    return dataset.only(names)
 
 
 def _only(dataset: GoldDataset, names: Sequence[str]) -> GoldDataset:

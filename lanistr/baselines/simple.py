@@ -96,7 +96,12 @@ class Trees:
         sizes = cardinalities(train.dataset)
         seen = np.unique(train.labels_N)
         known = np.isin(val.labels_N, seen)
-        data, data_val = _tree_matrix(train, train.dataset), _tree_matrix(val, train.dataset)
+        unknown_F = np.isnan(_tree_matrix(train, train.dataset)).all(axis=0)  # scikit-learn cannot bin such a column
+
+        def matrix(subset: Subset) -> np.ndarray:
+            return np.where(unknown_F, 0.0, _tree_matrix(subset, train.dataset))
+
+        data, data_val = matrix(train), matrix(val)
         columns = [i for i, size in enumerate(sizes) if size <= MAX_CATEGORIES]
 
         def model(leaves: int) -> Any:
@@ -114,7 +119,7 @@ class Trees:
         if len(seen) < 2:
             raise ValueError(f"{len(train)} labels are all of one class: nothing to learn from")
         best = _best((model(leaves) for leaves in self.LEAVES), lambda _: data_val, val)
-        return lambda subset: _probabilities(best, _tree_matrix(subset, train.dataset), subset.classes)
+        return lambda subset: _probabilities(best, matrix(subset), subset.classes)
 
 
 class _Dense:

@@ -1,6 +1,6 @@
 """A split in which modalities are hidden at random, as if they were missing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import Fetched
@@ -31,6 +31,11 @@ class HidingDataset(GoldDataset):
             if not 0 <= rate <= 1:
                 raise ValueError(f"hide {name}: rate {rate}; it must be in [0, 1]")
         self.inner, self.rates, self.hide_seed = dataset, dict(rates), seed
+
+    def only(self, names: Collection[str]) -> "HidingDataset":
+        """What is hidden stays hidden."""
+        rates = {name: rate for name, rate in self.rates.items() if name in names}
+        return HidingDataset(self.inner.only(names), rates, self.hide_seed)
 
     def fetch(self, position: int) -> Fetched:
         """As `GoldDataset.fetch`, less what is hidden."""

@@ -5,7 +5,7 @@ import logging
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,11 @@ class GoldDataset:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         return {**state, "_blobs": OrderedDict(), "_verified": {}}
+
+    def only(self, names: Collection[str]) -> "GoldDataset":
+        """The same split without its other modalities, which then need not be decoded."""
+        kept = {name: modality for name, modality in self.modalities.items() if name in names}
+        return GoldDataset(self.path, self.split, kept, self.crc, self.store)
 
     @property
     def content_id(self) -> str:

@@ -1,51 +1,9 @@
-"""``python -m lanistr robustness`` and ``importance``: arguments; the work is done where heavy imports are."""
+"""``python -m lanistr importance``: arguments; the work is done where heavy imports are."""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
-
-
-def add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The command ``robustness``."""
-    parser = commands.add_parser(
-        "robustness", help="a metric of fine-tuned runs when modalities are missing at test time"
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="finished fine-tuning runs")
-    parser.add_argument("--data", type=Path, required=True, help="gold dataset with labels")
-    parser.add_argument("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
-    parser.add_argument("--metric", help="default: that of the target")
-    parser.add_argument("--hide", help="modalities, for example image,text (default: each in use)")
-    parser.add_argument("--rates", default="0,0.25,0.5,0.75,1", help="default 0,0.25,0.5,0.75,1")
-    parser.add_argument("--seeds", type=int, default=2, help="draws of what is hidden (default 2)")
-    parser.set_defaults(run=run_robustness)
-
-
-def run_robustness(arguments: argparse.Namespace) -> str:
-    """Run; returns the card."""
-    _prepare(arguments.out)
-    from lanistr.evaluation.robustness import measure_robustness
-    from lanistr.evaluation.robustness_report import write_robustness
-
-    found = measure_robustness(
-        arguments.runs,
-        arguments.data,
-        arguments.split,
-        arguments.metric,
-        [name.strip() for name in arguments.hide.split(",")] if arguments.hide else None,
-        _numbers(arguments.rates),
-        arguments.seeds,
-    )
-    return write_robustness(found, arguments.out)
-
-
-def _numbers(text: str) -> list[float]:
-    """Separated by commas. Raises ValueError for anything else."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--rates {text}: give numbers separated by commas, for example 0,0.5,1") from None
 
 
 def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,7 +25,7 @@ def add_importance(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 def run_importance(arguments: argparse.Namespace) -> str:
     """Run; returns the report."""
-    _prepare(arguments.out)
+    prepare(arguments.out)
     from lanistr.evaluation.attribution import explain
     from lanistr.evaluation.attribution_report import write_attribution
 
@@ -75,7 +33,8 @@ def run_importance(arguments: argparse.Namespace) -> str:
     return write_attribution(found, arguments.out)
 
 
-def _prepare(out: Path) -> None:
+def prepare(out: Path) -> None:
+    """Log progress to the terminal. Raises ValueError for a folder that is a file."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file; give a folder")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

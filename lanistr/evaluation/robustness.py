@@ -1,7 +1,8 @@
 """The robustness card: what a metric is worth when modalities are missing at test time."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,22 @@ from lanistr.training.best import predict
 
 logger = logging.getLogger(__name__)
 Predict = Callable[[GoldDataset, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A fitted method that is no run of ours.
+
+    Attributes:
+        labels: it was fitted on.
+        train_hidden: shares of modalities that were hidden from it.
+        answer: see `curve`.
+    """
+
+    name: str
+    labels: int
+    train_hidden: dict[str, float]
+    answer: Predict
 
 
 def curve(
@@ -63,8 +80,9 @@ def measure_robustness(
     hide: Sequence[str] | None,
     rates: Sequence[float],
     seeds: int,
+    rivals: Iterable[Rival] = (),
 ) -> dict[str, Any]:
-    """Curves of fine-tuned runs: each modality hidden alone, then all of them at one rate.
+    """Curves of fine-tuned runs and of other methods: each modality hidden alone, then all of them at one rate.
 
     Runs that were trained with ``finetune.hide`` make the grid of train-missing against test-missing.
 
@@ -76,6 +94,7 @@ def measure_robustness(
         hide: modalities; None = all that the first run uses.
         rates: in [0, 1].
         seeds: draws of what is hidden.
+        rivals: fitted when it is their turn.
 
     Raises:
         ValueError: not a fine-tuning run, or a metric, modality, rate or number of draws that cannot be.
@@ -93,29 +112,36 @@ def measure_robustness(
         if unknown := [name for name in names if name not in used]:
             raise ValueError(f"{run} has no modality {', '.join(unknown)} to hide; it uses {', '.join(used)}")
     groups = [[name] for name in names] + ([names] if len(names) > 1 else [])
+    positions, measure, steps = first.labelled(None, 0), METRICS[first.manifest.target][chosen], sorted(set(rates))
+
+    def curves(answer: Predict, dataset: GoldDataset, who: str) -> list[dict[str, Any]]:
+        rows = []
+        for hidden in groups:
+            logger.info("%s: hiding %s", who, ", ".join(hidden))
+            rows.append({"hidden": hidden, "rows": curve(answer, dataset, positions, hidden, measure, steps, seeds)})
+        return rows
+
+    rows = []
+    for run in runs:
+        tuned = load_tuned(run, data, split)
+        answer = partial(predict, tuned.task, device=tuned.device)
+        rows.append({**_about(run, tuned), "curves": curves(answer, tuned.dataset, str(run))})
+    for rival in rivals:
+        about = {"run": rival.name, "labels": rival.labels, "from": None, "train_hidden": rival.train_hidden}
+        rows.append({**about, "modality_dropout": 0.0, "curves": curves(rival.answer, first, rival.name)})
     return {
         "dataset": first.manifest.name,
         "content_id": first.content_id,
         "split": split,
-        "samples": len(first.labelled(None, 0)),
+        "samples": len(positions),
         "metric": chosen,
-        "rates": sorted(set(rates)),
+        "rates": steps,
         "seeds": seeds,
-        "runs": [_measure_run(run, load_tuned(run, data, split), groups, chosen, rates, seeds) for run in runs],
+        "runs": rows,
     }
 
 
-def _measure_run(
-    run: Path, tuned: Tuned, groups: Sequence[Sequence[str]], metric: str, rates: Sequence[float], seeds: int
-) -> dict[str, Any]:
-    answer = partial(predict, tuned.task, device=tuned.device)
-    measure = METRICS[tuned.dataset.manifest.target][metric]
-    positions = tuned.dataset.labelled(None, 0)
-    curves = []
-    for hidden in groups:
-        logger.info("%s: hiding %s", run, ", ".join(hidden))
-        rows = curve(answer, tuned.dataset, positions, hidden, measure, sorted(set(rates)), seeds)
-        curves.append({"hidden": list(hidden), "rows": rows})
+def _about(run: Path, tuned: Tuned) -> dict[str, Any]:
     config = tuned.recipe.finetune
     return {
         "run": str(run),
@@ -123,5 +149,4 @@ def _measure_run(
         "from": tuned.identity["from"],
         "train_hidden": config.hide,
         "modality_dropout": config.modality_dropout,
-        "curves": curves,
     }
