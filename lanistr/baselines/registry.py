@@ -51,7 +51,9 @@ class Setting:
 
 def _autogluon(setting: Setting, fusion: Fusion) -> AutoGluonMethod:
     if setting.autogluon is None:
-        raise ValueError("method autogluon needs an interpreter that has autogluon.multimodal: --autogluon-python PATH")
+        raise ValueError(
+            f"method autogluon_{fusion} needs an interpreter that has autogluon.multimodal: --autogluon-python PATH"
+        )
     return AutoGluonMethod(setting.autogluon, setting.work / f"autogluon_{fusion}", fusion)
 
 
@@ -104,7 +106,7 @@ METHODS: dict[str, Entry] = {
         ("image", "timeseries"),
     ),
     "medfuse_all": Entry(
-        "the same over all modalities (the image without a stage of its own)",
+        "MedFuse over all modalities, the image without a stage of its own",
         lambda s: MedFuseMethod(s.recipe, None),
     ),
     "albef": Entry(
@@ -114,7 +116,7 @@ METHODS: dict[str, Entry] = {
         ("text", "image"),
     ),
     "albef_tab2txt": Entry(
-        "the same with the table as words before the text",
+        "ALBEF with the table as words before the text",
         lambda s: AlbefMethod(s.recipe, s.unlabelled, s.work / "albef_tab2txt", s.pretrain_seeds, tables=True),
         ("text", "image", "tabular"),
     ),
