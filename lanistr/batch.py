@@ -9,7 +9,7 @@ buckets, N rows of a modality.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -121,6 +121,7 @@ class Batch:
         inputs: per modality, in the manifest's order; what its `collate` returned.
         counts: how much each term predicts in this micro-batch (contract 4): known before forward.
         loading: how it was loaded, for the log.
+        alone: per modality of `Collator.cross`, the index of [CLS] and its tokens in the clean view.
         targets_BL: float32 numbers of a multi-label target or a regression, NaN = unknown; None with classes.
     """
 
@@ -134,6 +135,7 @@ class Batch:
     counts: dict[str, float]
     loading: Loading = Loading()
     targets_BL: Tensor | None = None
+    alone: dict[str, FusionIndex] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -246,6 +248,7 @@ def make_fusion_index(
     weights_B: np.ndarray,
     views: int,
     absent_tokens: Sequence[bool] = (),
+    pool_views: int | None = None,
 ) -> FusionIndex:
     """Index that assembles the fusion sequences of ``views`` views of B samples.
 
@@ -257,6 +260,7 @@ def make_fusion_index(
         weights_B: sample weights.
         views: 1 or 2.
         absent_tokens: per modality, whether a learnt token stands in for it where a sample lacks it; none = nowhere.
+        pool_views: in the pool, of which ``views`` are assembled; None = as many.
     """
     sources, pool_M = 1 + len(rows), np.asarray(pool_sizes)
     counts_R = np.concatenate(token_counts).astype(np.int64)
@@ -264,7 +268,7 @@ def make_fusion_index(
     slot_R = np.concatenate(rows) * sources + 1 + modality_R
     sizes_S = np.bincount(slot_R, counts_R, len(weights_B) * sources).astype(np.int64)
     sizes_S[::sources] = 1  # [CLS], row 0 of the pool
-    start_M = 1 + views * (np.cumsum(pool_M) - pool_M)
+    start_M = 1 + (pool_views or views) * (np.cumsum(pool_M) - pool_M)
     within_R = np.concatenate([np.cumsum(counts) - counts for counts in token_counts]).astype(np.int64)
     first_VR = (start_M[modality_R] + within_R) + np.arange(views)[:, None] * pool_M[modality_R]
     first_VS = np.zeros((views, len(sizes_S)), dtype=np.int64)
@@ -289,3 +293,17 @@ def make_fusion_index(
         slot_T=torch.from_numpy(np.repeat(slots_S, sizes_S)),
         slot_weight_T=torch.from_numpy(np.repeat(weights_S, sizes_S)),
     )
+
+
+def make_alone_index(
+    source: int,
+    token_counts: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray],
+    pool_sizes: Sequence[int],
+    weights_B: np.ndarray,
+    pool_views: int,
+) -> FusionIndex:
+    """Index of [CLS] and the tokens of one modality in the first of the pool's views; arguments of `make_fusion_index`."""
+    nothing = np.zeros(0, dtype=np.int64)
+    counts, samples = ([a if i == source else nothing for i, a in enumerate(part)] for part in (token_counts, rows))
+    return make_fusion_index(counts, samples, pool_sizes, weights_B, 1, pool_views=pool_views)

@@ -112,12 +112,15 @@ class ObjectiveConfig(Strict):
     Attributes:
         weights: lambda per term (mlm, mim, mfm, mtm, mmm).
         similarity: SimMMM over all fusion ``tokens`` (mean per sample, then over samples) or the ``cls`` token only.
+        cross: modalities each of which, alone, predicts the others (`lanistr.tasks.CrossModal`; weight ``cross``, else 1);
+            none = off, as in the paper.
         decorrelation: weight of `lanistr.losses.decorrelation_loss` on the mean of a sample's fused tokens; 0 = off, as
             in the paper.
     """
 
     weights: dict[str, float] = {"mlm": 1.0, "mim": 1.0, "mfm": 0.01, "mtm": 0.1, "mmm": 0.5}
     similarity: Literal["tokens", "cls"] = "tokens"
+    cross: list[str] = []
     decorrelation: float = Field(default=0.0, ge=0)
 
 
@@ -180,12 +183,17 @@ class PretrainConfig(OptimizerConfig):
         eval_samples: of the val split, at most.
         share: of the train split, drawn with ``seed``; a smaller share is part of a larger one (paper, Table 4).
         complete_only: only samples that have every modality (paper, Table 3: without non-parallel data).
+        freeze: modalities whose encoders, which start from published weights, stay as they are and lose their masked loss.
+        cache: compute the outputs of frozen encoders once, unmasked, and read them from disk in both views: True = into the
+            run folder; a folder = all of train, for several runs.
     """
 
     eval_every: int | None = Field(default=1000, ge=1)
     eval_samples: int = Field(default=1024, ge=1)
     share: float = Field(default=1.0, gt=0, le=1)
     complete_only: bool = False
+    freeze: list[str] = []
+    cache: bool | str = False
 
 
 class FinetuneConfig(OptimizerConfig):

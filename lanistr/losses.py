@@ -4,6 +4,7 @@ Shape suffixes: T packed fusion rows of one view, B samples, D width.
 """
 
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from lanistr.ops.cosine import neg_cosine
 
@@ -21,6 +22,25 @@ def simsiam_loss(z_clean: Tensor, p_clean: Tensor, z_masked: Tensor, p_masked: T
         (T,) float32.
     """
     return (neg_cosine(p_clean, z_masked) + neg_cosine(p_masked, z_clean)) / 2
+
+
+def cross_modal_loss(predicted_BH: Tensor, target_BH: Tensor, both_B: Tensor) -> Tensor:
+    """Negative cosine between what one modality predicts of another and what that one is (not in the paper).
+
+    The target is detached and centred over the samples that have both: the direction that all samples share tells nothing.
+    It uses the statistics of the micro-batch, so it depends on how a global batch is divided.
+
+    Args:
+        predicted_BH: from a modality alone.
+        target_BH: mean hidden state of the other; zeros where it is absent.
+        both_B: 1 where a sample has both, else 0.
+
+    Returns:
+        A float32 scalar, summed over these samples.
+    """
+    target_BH = target_BH.detach().float()
+    mean_H = (target_BH * both_B[:, None]).sum(0) / both_B.sum().clamp(min=1)
+    return (-cosine_similarity(predicted_BH.float(), target_BH - mean_H, dim=1) * both_B).sum()
 
 
 def decorrelation_loss(x_BD: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ forward. The engine divides by the count of the whole optimizer step, over all r
 Shape suffixes: B samples, T packed fusion rows of one view, D width.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lanistr.batch import Batch
+from lanistr.batch import Batch, FusionIndex
 from lanistr.config import FinetuneConfig, FusionConfig, ObjectiveConfig
-from lanistr.losses import decorrelation_loss, simsiam_loss
+from lanistr.losses import cross_modal_loss, decorrelation_loss, simsiam_loss
 from lanistr.manifest import Target
 from lanistr.modalities.base import Modality
 from lanistr.model.fusion import SimSiamHeads
@@ -23,7 +24,7 @@ from lanistr.model.lanistr import Lanistr
 
 
 class Pretrain(nn.Module):
-    """Unimodal masked losses and SimMMM (paper eq. 3).
+    """Unimodal masked losses and SimMMM (paper eq. 3); a frozen encoder has no masked loss.
 
     Attributes:
         weights: lambda per term.
@@ -36,11 +37,15 @@ class Pretrain(nn.Module):
         fusion: FusionConfig,
         objective: ObjectiveConfig,
         seed: int,
+        frozen: Sequence[str] = (),
     ):
         super().__init__()
         self.model = model
         self.similarity = objective.similarity
-        self.term_of = {name: modality.term for name, modality in modalities.items()}
+        self.frozen = freeze_parts(model, frozen)
+        for name in frozen:
+            model.encoder(name).head = nn.Identity()
+        self.term_of = {name: modality.term for name, modality in modalities.items() if name not in frozen}
         self.weights = dict(objective.weights)
         if objective.decorrelation:
             self.weights["decorrelation"] = objective.decorrelation
@@ -50,11 +55,22 @@ class Pretrain(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = SimSiamHeads(fusion)
+            self.cross = CrossModal(model, objective.cross) if objective.cross else None
+        if self.cross:
+            self.weights.setdefault("cross", 1.0)
+
+    def train(self, mode: bool = True) -> "Pretrain":
+        """As `nn.Module.train`, but frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Totals (float32 scalars) of every term, zero-weight terms included."""
         assert batch.views == 2, "pretraining needs a clean and a masked view"
-        fused_TD, hidden = self.model(batch)
+        pools, hidden = self.model.pools(batch)
+        fused_TD = self.model.fusion(self.model.fusion.assemble(pools, batch.fusion), batch.fusion)
         totals: dict[str, Tensor] = {}
         for name, term in self.term_of.items():
             total = self.model.encoder(name).reconstruct(hidden[name], batch.inputs[name])
@@ -63,6 +79,8 @@ class Pretrain(nn.Module):
         if "decorrelation" in self.weights:
             clean_BD = mean_tokens(fused_TD.chunk(2)[0], batch)
             totals["decorrelation"] = decorrelation_loss(clean_BD) * batch.counts["decorrelation"]
+        if self.cross:
+            totals["cross"] = self.cross(self.model, pools, hidden, batch)
         return totals
 
     def _similarity(self, fused_TD: Tensor, batch: Batch) -> Tensor:
@@ -76,13 +94,66 @@ class Pretrain(nn.Module):
         return (simsiam_loss(z_clean, p_clean, z_masked, p_masked) * weights).sum()
 
 
+class CrossModal(nn.Module):
+    """Each modality alone, through the fusion encoder, predicts the mean hidden state of each other (not in the paper).
+
+    SimMMM compares a sample with itself less a few masked units: what two modalities share is hardly needed for it. Here
+    nothing else helps. A linear layer per ordered pair.
+    """
+
+    def __init__(self, model: Lanistr, names: Sequence[str]):
+        super().__init__()
+        unknown = [name for name in names if name not in model.encoders]
+        if unknown or len(set(names)) < 2:
+            raise ValueError(f"objective.cross: {list(names)}; give two or more of {', '.join(model.encoders)}")
+        self.names = [name for name in model.encoders if name in names]
+        projections = {name: cast(nn.Linear, model.encoder(name).projection) for name in self.names}
+        self.predictors = nn.ModuleDict(
+            {f"{a}_{b}": nn.Linear(projections[a].out_features, projections[b].in_features) for a, b in self._pairs()}
+        )
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        return list(itertools.permutations(self.names, 2))
+
+    def forward(self, model: Lanistr, pools: list[Tensor], hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Total over the ordered pairs of present modalities of every sample of weight > 0."""
+        starts = dict(zip(model.encoders, itertools.accumulate(map(len, pools), initial=1), strict=False))  # 0 = [CLS]
+        alone_BD, mean_BH, there_B = {}, {}, {}
+        for name in self.names:
+            index = batch.alone[name]
+            fused_TD = model.fusion(model.fusion.assemble(pools, index), index)
+            alone_BD[name] = mean_of_samples(fused_TD, index, batch.size).to(fused_TD.dtype)
+            rows_RH = model.entering(name, hidden, batch)
+            mean_BH[name], there_B[name] = self._target(rows_RH, starts[name], batch, index)
+        losses = [
+            cross_modal_loss(self.predictors[f"{a}_{b}"](alone_BD[a]), mean_BH[b], there_B[a] * there_B[b])
+            for a, b in self._pairs()
+        ]
+        return torch.stack(losses).sum()
+
+    def _target(self, rows_RH: Tensor, start: int, batch: Batch, index: FusionIndex) -> tuple[Tensor, Tensor]:
+        """Mean of a modality's rows in each sample, and 1 where there are any and the sample counts."""
+        slots = 1 + len(batch.inputs)
+        weight_T = index.slot_weight_T * (index.slot_T % slots > 0)  # slot 0 is [CLS]
+        sample_T = index.slot_T // slots
+        rows_TH = rows_RH.detach().float().index_select(0, (index.gather_T - start).clamp(min=0))
+        sums_BH = rows_TH.new_zeros(batch.size, rows_TH.shape[1]).index_add(0, sample_T, rows_TH * weight_T[:, None])
+        there_B = weight_T.new_zeros(batch.size).index_add(0, sample_T, weight_T).round() * (batch.weights_B > 0)
+        return sums_BH, there_B
+
+
 def mean_tokens(fused_TD: Tensor, batch: Batch) -> Tensor:
     """Mean of each sample's fused tokens in one view, (B, D)."""
-    lengths_B = batch.fusion.layout.cu_seqlens.diff()[: batch.size]
-    samples_B = torch.arange(batch.size, device=fused_TD.device)
+    return mean_of_samples(fused_TD, batch.fusion, batch.size)
+
+
+def mean_of_samples(fused_TD: Tensor, index: FusionIndex, size: int) -> Tensor:
+    """The same of rows that another index of the batch assembled."""
+    lengths_B = index.layout.cu_seqlens.diff()[:size]
+    samples_B = torch.arange(size, device=fused_TD.device)
     sample_T = torch.repeat_interleave(samples_B, lengths_B, output_size=len(fused_TD))
-    weighted_TD = fused_TD.float() * batch.fusion.token_weight_T[:, None]
-    return weighted_TD.new_zeros(batch.size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
+    weighted_TD = fused_TD.float() * index.token_weight_T[:, None]
+    return weighted_TD.new_zeros(size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
 
 
 def mean_by_modality(x_TD: Tensor, batch: Batch, modalities: int) -> Tensor:
@@ -153,15 +224,7 @@ class Finetune(nn.Module):
 
     def freeze(self, parts: Sequence[str] | None = None) -> None:
         """Freeze parts (see `FinetuneConfig`; None = the unimodal encoders) and keep them in eval mode from now on."""
-        for part in self.model.encoders if parts is None else parts:
-            if part == "fusion":
-                self.frozen.append(self.model.fusion)
-            elif part == "projections":
-                self.frozen += [self.model.encoder(name).projection for name in self.model.encoders]
-            else:
-                self.frozen.append(self.model.encoder(part).encoder)
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen += freeze_parts(self.model, list(self.model.encoders) if parts is None else parts)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Finetune":
@@ -230,6 +293,21 @@ class Finetune(nn.Module):
         if self.target == "regression":
             return logits_BL * self.target_std + self.target_mean
         return logits_BL.softmax(-1) if self.target == "class" else logits_BL.sigmoid()
+
+
+def freeze_parts(model: Lanistr, parts: Sequence[str]) -> list[nn.Module]:
+    """Freeze parts (see `FinetuneConfig`); returns the modules, which the task must keep in eval mode."""
+    modules: list[nn.Module] = []
+    for part in parts:
+        if part == "fusion":
+            modules.append(model.fusion)
+        elif part == "projections":
+            modules += [model.encoder(name).projection for name in model.encoders]
+        else:
+            modules.append(model.encoder(part).encoder)
+    for module in modules:
+        module.requires_grad_(False)
+    return modules
 
 
 def balanced_weights(labels_N: np.ndarray, targets_NL: np.ndarray, classes: int) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lanistr.baselines import Method
 from lanistr.baselines.autogluon import AutoGluon, AutoGluonMethod, Fusion
+from lanistr.baselines.frozen import FrozenLanistr
 from lanistr.baselines.late_fusion import LateFusionMethod
 from lanistr.baselines.medfuse import MedFuseMethod
 from lanistr.baselines.ours import LanistrMethod, Pretraining
@@ -134,6 +135,16 @@ METHODS: dict[str, Entry] = {
         "AutoGluon MultiModal, Transformer fusion, in an environment of its own",
         lambda s: _autogluon(s, "transformer"),
         extra=True,
+    ),
+    "frozen_scratch": Entry(
+        "LANISTR as the recipe starts it, frozen: logistic regression on its embeddings and raw tabular columns",
+        lambda s: FrozenLanistr(s.recipe, None),
+        package="sklearn",
+    ),
+    "frozen": Entry(
+        "LANISTR, pretrained, frozen: logistic regression on its embeddings and raw tabular columns",
+        lambda s: FrozenLanistr(s.recipe, s.source),
+        package="sklearn",
     ),
     "lanistr_scratch": Entry(
         "LANISTR without pretraining; encoders without published weights are trained",

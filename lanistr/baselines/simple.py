@@ -50,7 +50,7 @@ class TfidfLogistic:
         from scipy.sparse import csr_matrix, hstack
 
         words = _tfidf(train.dataset)
-        dense = _Dense(features_of(train), cardinalities(train.dataset), ("table", "image", "series"))
+        dense = Dense(features_of(train), cardinalities(train.dataset), ("table", "image", "series"))
 
         def matrix(subset: Subset) -> Any:
             features = features_of(subset)
@@ -75,7 +75,7 @@ class LinearProbe:
         """See `Method`."""
         if not names_of(train.dataset, "text"):
             raise ValueError(f"a probe of a text encoder needs text; {train.dataset.manifest.name} has none")
-        dense = _Dense(features_of(train), cardinalities(train.dataset), self.parts)
+        dense = Dense(features_of(train), cardinalities(train.dataset), self.parts)
 
         def matrix(subset: Subset) -> np.ndarray:
             embedded_ND = _embed_labelled(subset.dataset, self.encoder)[labelled_rows(subset)]
@@ -119,10 +119,10 @@ class Trees:
         if len(seen) < 2:
             raise ValueError(f"{len(train)} labels are all of one class: nothing to learn from")
         best = _best((model(leaves) for leaves in self.LEAVES), lambda _: data_val, val)
-        return lambda subset: _probabilities(best, matrix(subset), subset.classes)
+        return lambda subset: probabilities(best, matrix(subset), subset.classes)
 
 
-class _Dense:
+class Dense:
     """Plain features as one dense matrix for linear models.
 
     Missing cells are the mean, with a flag of their own; every block has rows of length about 1, so that the penalty
@@ -182,7 +182,7 @@ def _best_logistic(matrix: Callable[[Subset], Any], train: Subset, val: Subset) 
         raise ValueError(f"{len(train)} labels are all of one class: nothing to learn from")
     models = (LogisticRegression(C=strength, max_iter=2000).fit(data, labels_N) for strength in STRENGTHS)
     best = _best(models, matrix, val)
-    return lambda subset: _probabilities(best, matrix(subset), subset.classes)
+    return lambda subset: probabilities(best, matrix(subset), subset.classes)
 
 
 def _best(models: Iterable[Any], matrix: Callable[[Subset], Any], val: Subset) -> Any:
@@ -190,14 +190,14 @@ def _best(models: Iterable[Any], matrix: Callable[[Subset], Any], val: Subset) -
     data = matrix(val)
     scored = []
     for model in models:
-        probabilities_NC = _probabilities(model, data, val.classes)
+        probabilities_NC = probabilities(model, data, val.classes)
         scored.append(
             (accuracy(probabilities_NC, val.labels_N), -log_loss(probabilities_NC, val.labels_N), -len(scored), model)
         )
     return max(scored, key=lambda row: row[:3])[-1]
 
 
-def _probabilities(model: Any, data: Any, classes: int) -> np.ndarray:
+def probabilities(model: Any, data: Any, classes: int) -> np.ndarray:
     """(N, C): a class that no label showed has probability 0."""
     found_NC = np.zeros((data.shape[0], classes))
     found_NC[:, model.classes_] = model.predict_proba(data)

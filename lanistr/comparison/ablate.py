@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lanistr.baselines import Method
+from lanistr.baselines.frozen import FrozenLanistr
 from lanistr.baselines.ours import LanistrMethod, Pretraining
 from lanistr.comparison.cells import CellStore
 from lanistr.comparison.compare import identify, sizes
@@ -32,10 +34,12 @@ def ablate(arguments: argparse.Namespace) -> str:
     recipes, about = choose(arms, arguments.arms), {name: text for name, (text, _) in arms.items()}
     data = arguments.pretrain_data or arguments.data
     methods = {
-        name: make_method(name, changed, data, arguments.out, arguments.pretrain_seeds, arguments.deepspeed)
+        name: make_method(
+            name, changed, data, arguments.out, arguments.pretrain_seeds, arguments.deepspeed, arguments.frozen
+        )
         for name, changed in recipes.items()
     }
-    identity = identify(splits, recipe, arguments)
+    identity = identify(splits, recipe, arguments) | {"frozen": arguments.frozen}
     store = CellStore(arguments.out, identity)
     try:
         cells = run_grid(
@@ -88,16 +92,21 @@ def choose(arms: Mapping[str, tuple[str, Recipe]], names: Sequence[str] | None) 
     return {name: arms[name][1] for name in names or arms}
 
 
-def make_method(name: str, recipe: Recipe, data: Path, out: Path, seeds: int, ds_config: Path) -> LanistrMethod:
-    """An arm, with pretraining runs of its own."""
+def make_method(
+    name: str, recipe: Recipe, data: Path, out: Path, seeds: int, ds_config: Path, frozen: bool = False
+) -> Method:
+    """An arm, with pretraining runs of its own; fine-tuned, or frozen under a logistic regression."""
     folder = out / "runs" / name
     source = None if name == SCRATCH else Pretraining(recipe, data, folder, seeds, ds_config)
-    return LanistrMethod(recipe, folder, ds_config, source)
+    return FrozenLanistr(recipe, source) if frozen else LanistrMethod(recipe, folder, ds_config, source)
 
 
 def _without_modality(recipe: Recipe, name: str) -> Recipe:
     kept = {n: block for n, block in recipe.model.modalities.items() if n != name}
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"modalities": kept})})
+    crossing = [other for other in recipe.objective.cross if other != name]
+    objective = recipe.objective.model_copy(update={"cross": crossing if len(crossing) > 1 else []})
+    model = recipe.model.model_copy(update={"modalities": kept})
+    return recipe.model_copy(update={"model": model, "objective": objective})
 
 
 def _without_loss(recipe: Recipe, term: str) -> Recipe:

@@ -63,6 +63,9 @@ def add_ablate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_arguments(ablate)
     ablate.add_argument("--arms", type=names, help="for example full,without_image,unlabelled_50 (default: all)")
+    ablate.add_argument(
+        "--frozen", action="store_true", help="logistic regression on the frozen model in the place of fine-tuning"
+    )
     ablate.set_defaults(run=run_ablate)
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from lanistr.batch import Batch, Loading, make_fusion_index
+from lanistr.batch import Batch, Loading, make_alone_index, make_fusion_index
 from lanistr.data.deal import deal, eval_order
 from lanistr.data.mixing import MixedDataset
 from lanistr.data.plan import Grouping, Plan, PlanOptions, Table, Window
@@ -32,6 +32,7 @@ class Collator:
 
     Attributes:
         views: 2 = clean and masked (pretraining), 1 = clean.
+        cross: modalities each of which, alone, predicts the others (`lanistr.tasks.Pretrain`).
         modality_dropout: chance that a present modality is treated as absent; a sample that would lose all keeps all.
     """
 
@@ -39,6 +40,7 @@ class Collator:
     views: int
     seed: int
     modality_dropout: float = 0.0
+    cross: tuple[str, ...] = ()
     _stream: Streams = field(default_factory=Streams, compare=False, repr=False)
 
     def __call__(self, samples: Sequence[Sample], weights: Sequence[float], epoch: int) -> Batch:
@@ -74,6 +76,12 @@ class Collator:
                 has_B = np.zeros_like(labelled)
                 has_B[of] = True
                 counts[f"cls_{name}"] = float((labelled & has_B).sum())
+        sources = {name: i for i, name in enumerate(self.modalities) if name in self.cross}
+        if sources:
+            in_sample = np.stack(
+                [np.bincount(rows[i], weights_B[rows[i]] > 0, len(samples)) > 0 for i in sources.values()]
+            )
+            counts["cross"] = float((in_sample.sum(0) * (in_sample.sum(0) - 1)).sum())  # ordered pairs
         return Batch(
             keys=tuple(sample.key for sample in samples),
             views=self.views,
@@ -84,6 +92,9 @@ class Collator:
             fusion=make_fusion_index(tokens, rows, pools, weights_B, self.views, absent),
             counts=counts,
             targets_BL=_targets(samples),
+            alone={
+                name: make_alone_index(i, tokens, rows, pools, weights_B, self.views) for name, i in sources.items()
+            },
         )
 
     def _drop(self, sample: Sample, epoch: int) -> Sample:

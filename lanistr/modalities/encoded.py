@@ -19,7 +19,7 @@ DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}  # NumPy has 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Hidden states that enter fusion, one sample after the other, as `ModalityEncoder.entering` gives them."""
+    """Hidden states that enter fusion, one sample after the other, as `ModalityEncoder.entering` gives them, of all views."""
 
     rows_RH: Tensor
 
@@ -77,15 +77,14 @@ class EncodedModality(Modality[np.ndarray, Encoded]):
         return self.dummy()
 
     def corrupt(self, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """There is nothing left to corrupt: only fine-tuning caches."""
-        raise NotImplementedError
+        """There is nothing left to corrupt: both views of pretraining are the same."""
+        return np.zeros(0, dtype=bool)
 
     def collate(
         self, contents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, weights: Sequence[float]
     ) -> Collated[Encoded]:
         """One after the other."""
-        assert masks is None, "features are cached for one clean view"
-        rows_RH = torch.from_numpy(np.concatenate(contents))
+        rows_RH = torch.from_numpy(np.concatenate(contents if masks is None else [*contents, *contents]))
         if self.dtype == "bfloat16":
             rows_RH = rows_RH.view(torch.bfloat16)
         return Collated(Encoded(rows_RH), np.array([len(content) for content in contents]), 0.0)

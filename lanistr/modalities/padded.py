@@ -80,7 +80,7 @@ class PaddedText(PaddedModality):
     def __init__(self, modality: Modality[Any, Any], encoder: Any):
         super().__init__(modality, encoder)
         self.bert = dense_bert(encoder.encoder)
-        self.only_cls = getattr(modality, "config").fusion_tokens == "cls"  # noqa: B009
+        self.entering = getattr(modality, "config").fusion_tokens  # noqa: B009
 
     def stack(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Padded with 0."""
@@ -98,7 +98,10 @@ class PaddedText(PaddedModality):
         keep_BL = mask_BL | (positions_L == 0)  # an absent text attends to its first slot: no softmax over nothing
         for layer in self.bert.encoder.layer:
             x_BLD = layer(x_BLD, attention_mask=keep_BL[:, None, None, :])
-        if self.only_cls:
+        if self.entering == "mean":
+            weights_BL1 = keep_BL[:, :, None].to(x_BLD.dtype)
+            x_BLD = (x_BLD * weights_BL1).sum(1, keepdim=True) / weights_BL1.sum(1, keepdim=True)
+        if self.entering != "all":
             x_BLD, mask_BL = x_BLD[:, :1], mask_BL[:, :1]
         return self.encoder.projection(x_BLD), mask_BL
 

@@ -23,12 +23,15 @@ class TabularConfig(ModalityConfig):
 
     Attributes:
         embedding_dim: per categorical column (3 as published).
+        embedding_std: of the embeddings at the start (1 as published; a column of many values, each seen seldom, leaves a
+            smaller one sooner).
         width: n_d = n_a; also the width of a step's output token.
         norm: ``batch`` = ghost batch norm; ``frozen`` = running statistics always (equality across batch layouts).
         mask_ratio: share of columns masked per row.
     """
 
     embedding_dim: int = 3
+    embedding_std: float = Field(default=1.0, gt=0)
     width: int = 64
     steps: int = Field(default=3, ge=1)
     gamma: float = 1.3
@@ -53,6 +56,8 @@ class TabNet(nn.Module):
         self.gamma = config.gamma
         self.width = config.width
         self.embedding = nn.Embedding(max(1, sum(cardinality)), config.embedding_dim)
+        with torch.no_grad():
+            self.embedding.weight.mul_(config.embedding_std)
         columns = [*range(numeric), *np.repeat(np.arange(len(cardinality)) + numeric, config.embedding_dim)]
         groups_KX = torch.nn.functional.one_hot(torch.tensor(columns, device="cpu")).T.float()
         offsets = np.concatenate([[0], np.cumsum(cardinality)])[:-1].astype(np.int64)

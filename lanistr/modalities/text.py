@@ -36,8 +36,8 @@ class TextConfig(ModalityConfig):
         mask_ratio: share of tokens predicted; special tokens never are.
         corruption: ``mask`` = every predicted token becomes [MASK] (paper, published code); ``bert`` = 80 % [MASK], 10 %
             a random token, 10 % unchanged (Devlin et al. 2019), so that visible tokens must keep their identity.
-        fusion_tokens: ``all`` hidden states enter fusion (paper, section "Model architecture"), or only ``cls``, the first
-            one (published code, `modeling_lanistr.py`).
+        fusion_tokens: ``all`` hidden states enter fusion (paper, section "Model architecture"), only ``cls``, the first
+            one (published code, `modeling_lanistr.py`), or their ``mean`` (what sentence encoders are trained for).
         pooler: BERT's unused pooler, carried frozen by the ``official`` preset only.
         positions, norm_eps, activation: of BERT's architecture, for those that are not bert-base in them (an export of a
             run with ``pretrained`` writes them); ``positions`` None = ``max_tokens``.
@@ -51,7 +51,7 @@ class TextConfig(ModalityConfig):
     max_tokens: int = Field(default=512, ge=3)
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     corruption: Literal["mask", "bert"] = "mask"
-    fusion_tokens: Literal["all", "cls"] = "all"
+    fusion_tokens: Literal["all", "cls", "mean"] = "all"
     pooler: bool = False
     positions: int | None = Field(default=None, ge=1)
     norm_eps: float = 1e-12
@@ -64,13 +64,15 @@ class TextInput:
 
     Attributes:
         ids_T, layout: sequences of view 0, then of view 1.
-        first_S: packed position of each sequence's [CLS] where only these enter fusion; None = all tokens do.
+        first_S: packed position of each sequence's [CLS] where only these enter fusion, else None.
+        sequence_T: sequence of each token where only the means of the sequences enter fusion, else None.
         masked_M: packed positions to predict; targets_M their original ids; weights_M the weight of their sample.
     """
 
     ids_T: Tensor
     layout: Layout
     first_S: Tensor | None
+    sequence_T: Tensor | None
     masked_M: Tensor
     targets_M: Tensor
     weights_M: Tensor
@@ -190,12 +192,14 @@ class TextModality(Modality[np.ndarray, TextInput]):
         lengths = np.array([len(c) for c in contents])
         clean = np.concatenate(contents)
         layout = make_layout(lengths if masks is None else [*lengths, *lengths])
-        only_cls = self.config.fusion_tokens == "cls"
-        tokens = np.ones_like(lengths) if only_cls else lengths
-        first_S = layout.cu_seqlens[:-1].long() if only_cls else None
+        enter = self.config.fusion_tokens
+        tokens = lengths if enter == "all" else np.ones_like(lengths)
+        first_S = layout.cu_seqlens[:-1].long() if enter == "cls" else None
+        sequences = np.arange(len(lengths) if masks is None else 2 * len(lengths))
+        sequence_T = torch.from_numpy(sequences.repeat(layout.cu_seqlens.diff())) if enter == "mean" else None
         if masks is None:
             nothing = torch.zeros(0, dtype=torch.int64)
-            inputs = TextInput(torch.from_numpy(clean), layout, first_S, nothing, nothing, torch.zeros(0))
+            inputs = TextInput(torch.from_numpy(clean), layout, first_S, sequence_T, nothing, nothing, torch.zeros(0))
             return Collated(inputs, tokens, 0.0)
         replaced = np.concatenate(masks)
         positions = np.flatnonzero(replaced != KEPT)
@@ -206,6 +210,7 @@ class TextModality(Modality[np.ndarray, TextInput]):
             ids_T=torch.from_numpy(np.concatenate([clean, np.where(replaced == KEPT, clean, replaced)])),
             layout=layout,
             first_S=first_S,
+            sequence_T=sequence_T,
             masked_M=torch.from_numpy(positions + len(clean)),
             targets_M=torch.from_numpy(clean[positions]),
             weights_M=torch.from_numpy(token_weights),
@@ -253,6 +258,10 @@ class TextEncoder(ModalityEncoder[TextInput]):
 
     def entering(self, hidden: Tensor, inputs: TextInput) -> Tensor:
         """All tokens, or one per sequence."""
+        if inputs.sequence_T is not None:
+            lengths_S = inputs.layout.cu_seqlens.diff()
+            sums_SH = hidden.new_zeros(len(lengths_S), hidden.shape[1]).index_add(0, inputs.sequence_T, hidden)
+            return sums_SH / lengths_S[:, None]
         return hidden if inputs.first_S is None else hidden.index_select(0, inputs.first_S)
 
     def blocks(self) -> Iterable[nn.Module]:

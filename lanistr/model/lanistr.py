@@ -86,6 +86,16 @@ class Lanistr(nn.Module):
             (T, D) projected rows of all views, in the order of fusion, and the encoders' hidden states (those of a frozen
             encoder may be in the batch already).
         """
+        pools, hidden = self.pools(batch)
+        return self.fusion.assemble(pools, batch.fusion), hidden
+
+    def entering(self, name: str, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Those of a modality's hidden states that enter fusion."""
+        inputs = batch.inputs[name]
+        return hidden[name] if isinstance(inputs, Encoded) else self.encoder(name).entering(hidden[name], inputs)
+
+    def pools(self, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Projected rows of all views per modality, then tokens for absent ones; and what `tokens` returns beside them."""
         hidden: dict[str, Tensor] = {}
         pools: list[Tensor] = []
         for name in self.encoders:
@@ -98,7 +108,7 @@ class Lanistr(nn.Module):
                 pools.append(encoder.project(hidden[name], inputs))
         # In the order of the modalities: a `ParameterDict` may sort its names.
         pools += [self.absent[name].to(pools[0].dtype) for name in self.encoders if name in self.absent]
-        return self.fusion.assemble(pools, batch.fusion), hidden
+        return pools, hidden
 
 
 def build_model(

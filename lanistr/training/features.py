@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import lanistr
 from lanistr.batch import Batch, to_device
-from lanistr.config import FinetuneConfig
+from lanistr.config import FinetuneConfig, PretrainConfig
 from lanistr.data.features import (
     CACHE,
     FORMAT,
@@ -36,7 +36,7 @@ from lanistr.data.samples import intact, read_samples
 from lanistr.manifest import Manifest
 from lanistr.modalities.base import Modality
 from lanistr.modalities.encoded import EncodedModality
-from lanistr.tasks import Finetune
+from lanistr.tasks import Finetune, Pretrain
 from lanistr.training import distributed
 from lanistr.training.durable import write_durably
 
@@ -46,12 +46,12 @@ CODE = ("batch.py", "transforms.py", "modalities/*.py", "ops/*.py", "model/lanis
 
 
 def cache_features(
-    task: Finetune,
-    config: FinetuneConfig,
+    task: Finetune | Pretrain,
+    config: FinetuneConfig | PretrainConfig,
     frozen: Sequence[str],
     train: GoldDataset,
     val: GoldDataset,
-    positions: np.ndarray,
+    wanted: dict[str, np.ndarray],
     run: Path,
     device: torch.device,
     workers: int,
@@ -63,7 +63,7 @@ def cache_features(
         config: ``cache`` (a folder to share between runs, or True = in the run folder), ``cache_views``, ``precision``.
         frozen: parts, see `FinetuneConfig`.
         train, val: splits.
-        positions: train samples in use; a shared cache holds all labelled ones.
+        wanted: positions of the samples that the cache holds, by split.
         run: run folder.
         device: where encoders run.
         workers: of the loader.
@@ -74,12 +74,11 @@ def cache_features(
     names = [name for name in task.model.encoders if name in frozen]
     if not names:
         raise ValueError("finetune.cache: no encoder is frozen; give finetune.freeze=encoders, or leave the cache off")
-    views = {name: config.cache_views if train.modalities[name].augments else 1 for name in names}
-    if config.cache_views > 1 and max(views.values()) == 1:
-        raise ValueError(f"finetune.cache_views: {config.cache_views}, but none of {', '.join(names)} is augmented")
-    shared = isinstance(config.cache, str)
-    folder = Path(str(config.cache)).expanduser() if shared else run / "features"
-    wanted = {"train": train.labelled(None, 0) if shared else positions, "val": val.labelled(None, 0)}
+    count = config.cache_views if isinstance(config, FinetuneConfig) else 1
+    views = {name: count if train.modalities[name].augments else 1 for name in names}
+    if count > 1 and max(views.values()) == 1:
+        raise ValueError(f"finetune.cache_views: {count}, but none of {', '.join(names)} is augmented")
+    folder = Path(config.cache).expanduser() if isinstance(config.cache, str) else run / "features"
     identity = identify(task, config, names, views, train, wanted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")) if distributed.rank() == 0 else nullcontext():
@@ -110,8 +109,8 @@ def _open(dataset: GoldDataset, folder: Path, meta: CacheMeta, dtype: str, views
 
 
 def identify(
-    task: Finetune,
-    config: FinetuneConfig,
+    task: Finetune | Pretrain,
+    config: FinetuneConfig | PretrainConfig,
     names: Sequence[str],
     views: dict[str, int],
     train: GoldDataset,
@@ -177,10 +176,10 @@ class _Maker:
 
     def __init__(
         self,
-        task: Finetune,
+        task: Finetune | Pretrain,
         names: Sequence[str],
         views: dict[str, int],
-        config: FinetuneConfig,
+        config: FinetuneConfig | PretrainConfig,
         device: torch.device,
         workers: int,
     ):
@@ -193,7 +192,7 @@ class _Maker:
         """Of the given modalities only; augmented where there are several views."""
         modalities = {name: dataset.modalities[name] for name in names}
         own = GoldDataset(dataset.path, dataset.split, modalities, dataset.crc, dataset.store)
-        augmented = dataset.split == "train" and self.config.cache_views > 1
+        augmented = dataset.split == "train" and max(self.views.values()) > 1
         augment = (self.config.seed, "view", view) if augmented else None
         make = _Batches(own, Collator(modalities, views=1, seed=0), positions, augment)
         heavy = any(modality.heavy for modality in modalities.values())
@@ -214,7 +213,7 @@ class _Maker:
         """Write this rank's part of a split; returns the width per modality."""
         np.save(positions_path(folder, dataset.split, part), positions)
         hidden: dict[str, int] = {}
-        for view in range(self.config.cache_views if dataset.split == "train" else 1):
+        for view in range(max(self.views.values()) if dataset.split == "train" else 1):
             names = [name for name in self.names if view < self.views[name]]
             writers = {name: PartWriter(part_path(folder, dataset.split, part, name, view)) for name in names}
             for batch in self.batches(dataset, names, positions, view):

@@ -79,7 +79,9 @@ def finetune(
     refuse_untrained(task, report, frozen)
     task.freeze(frozen)
     if config.cache:
-        dataset, val = cache_features(task, config, frozen, dataset, val, positions, run, device, recipe.data.workers)
+        shared = isinstance(config.cache, str)  # then it serves other draws of labels, too
+        wanted = {"train": dataset.labelled(None, 0) if shared else positions, "val": val.labelled(None, 0)}
+        dataset, val = cache_features(task, config, frozen, dataset, val, wanted, run, device, recipe.data.workers)
         collator = replace(collator, modalities=dataset.modalities)
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     extra = {"task": "finetune", "from": str(source) if source else None, "n_labels": len(positions)}

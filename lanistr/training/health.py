@@ -124,6 +124,8 @@ class Probe:
     @torch.no_grad()
     def _note_fused(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
         assert self.batch is not None
+        if len(arguments[0]) != len(self.batch.fusion.gather_T):
+            return  # a modality alone, for the cross-modal objective
         clean_RD, modalities = arguments[0].detach().chunk(self.batch.views)[0], len(self.sources) - 1
         self.fused_ND.append(mean_tokens(clean_RD, self.batch).cpu())
         self.means_NKD.append(mean_by_modality(clean_RD, self.batch, modalities).cpu())

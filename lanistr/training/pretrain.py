@@ -1,8 +1,10 @@
 """Pretraining: a recipe, a dataset and a ZeRO configuration become a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lanistr.config import PretrainConfig, Recipe
 from lanistr.data.loader import Collator
@@ -15,6 +17,7 @@ from lanistr.tasks import Pretrain
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.features import cache_features
 from lanistr.training.flops import Useful
 from lanistr.training.loop import total_steps, train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
@@ -39,6 +42,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     config = recipe.pretrain
     manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
+    _check(recipe, list(modalities), manifest.n("val"))
     resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
     dataset = open_split(data, "train", modalities, recipe.data)
@@ -50,7 +54,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
             )
         others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
         dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
-    collator = Collator(modalities, views=2, seed=config.seed)
+    collator = Collator(modalities, views=2, seed=config.seed, cross=tuple(recipe.objective.cross))
     loader = train_loader(dataset, collator, recipe.data, config, positions)
     about = describe_checkpoint(recipe, "pretrain", manifest)
     if resuming:
@@ -60,12 +64,18 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     filled = fill_config(ds_config, recipe.name, config, world)
     fill_trackers(filled, ds_config, run)
     model = build_model(recipe.model, modalities, config.seed, device.type, config.precision)
-    task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed)
+    task = Pretrain(model, modalities, recipe.model.fusion, recipe.objective, config.seed, config.freeze)
+    val = open_split(data, "val", modalities, recipe.data) if manifest.n("val") else None
+    if config.cache:
+        assert val, "refused before"
+        assert isinstance(dataset, GoldDataset), "refused before"
+        dataset, val = _cached(task, recipe, dataset, val, positions, run, device)
+        collator = replace(collator, modalities=dataset.modalities)
+        loader = train_loader(dataset, collator, recipe.data, config, positions)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
     engine = Engine(task, filled, device, config.weight_decay)
     validator = None
-    if config.eval_every and manifest.n("val"):
-        val = open_split(data, "val", modalities, recipe.data)
+    if config.eval_every and val:
         validator = Validator(engine, val, collator, config, run, total_steps(loader, config))
     steps = train(
         engine,
@@ -77,13 +87,45 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         begin=validator.begin if validator else None,
         after_step=validator.after_step if validator else None,
         score=validator.score if validator else None,
-        useful=Useful(recipe, manifest.modalities),
+        useful=None if config.cache else Useful(recipe, manifest.modalities),  # it counts encoders that do not run
         watch_collapse=True,
     )
     if distributed.rank() == 0:
         write_summary(run, {"task": "pretrain", "steps": steps, "best": best_validation(run, engine.weights)})
     if not joined:
         distributed.shutdown()
+
+
+def _cached(
+    task: Pretrain,
+    recipe: Recipe,
+    train: GoldDataset,
+    val: GoldDataset,
+    positions: np.ndarray | None,
+    run: Path,
+    device: torch.device,
+) -> tuple[GoldDataset, GoldDataset]:
+    """What is trained and validated on, with the outputs of the frozen encoders in the place of their inputs."""
+    config = recipe.pretrain
+    wanted = {
+        "train": np.arange(train.n) if positions is None else positions,
+        "val": np.arange(min(val.n, config.eval_samples)),
+    }
+    return cache_features(task, config, config.freeze, train, val, wanted, run, device, recipe.data.workers)
+
+
+def _check(recipe: Recipe, modalities: list[str], held_out: int) -> None:
+    """Raises ValueError for frozen parts, or a cache of them, that make no sense."""
+    config = recipe.pretrain
+    for name in config.freeze:
+        if name not in modalities:
+            raise ValueError(f"pretrain.freeze: no modality {name!r}; there are {', '.join(modalities)}")
+        if not recipe.model.modalities[name].get("pretrained"):
+            raise ValueError(f"pretrain.freeze: {name} was never trained; give model.modalities.{name}.pretrained")
+    if config.cache and recipe.data.mix:
+        raise ValueError("pretrain.cache holds samples of one dataset: give no data.mix")
+    if config.cache and not held_out:
+        raise ValueError("pretrain.cache: the dataset has no val split")
 
 
 def choose_samples(dataset: GoldDataset, config: PretrainConfig) -> np.ndarray | None:

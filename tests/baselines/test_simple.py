@@ -10,7 +10,7 @@ import torch
 
 from lanistr.baselines import Subset
 from lanistr.baselines.features import features_of
-from lanistr.baselines.simple import Majority, Trees, _best, _Dense, _mean_embeddings, _probabilities, package_encoder
+from lanistr.baselines.simple import Dense, Majority, Trees, _best, _mean_embeddings, package_encoder, probabilities
 from lanistr.data.reader import GoldDataset
 from tests.model.support import make_modalities
 from tests.tiny_gold import CLASSES, write_gold
@@ -36,7 +36,7 @@ def open_tiny(folder: Path, split: str) -> Subset:
 
 
 def test_a_class_that_no_label_showed_has_probability_0() -> None:
-    found = _probabilities(Fixed(0.25), np.zeros((2, 1)), 4)
+    found = probabilities(Fixed(0.25), np.zeros((2, 1)), 4)
     np.testing.assert_array_equal(found, [[0.25, 0, 0.75, 0]] * 2)
 
 
@@ -58,16 +58,16 @@ def test_choices_are_made_on_validation(tmp_path: Path) -> None:
 def test_missing_cells_become_flags_never_nan(tmp_path: Path) -> None:
     subset = open_tiny(tmp_path, "train")
     features = features_of(subset)
-    dense = _Dense(features, [5], ("table", "image", "series"))(features)
+    dense = Dense(features, [5], ("table", "image", "series"))(features)
     assert np.isfinite(dense).all()
     with_image, without = dense[1], dense[0]
     assert not np.array_equal(with_image, without)
-    alone = _Dense(features, [5], ("image",))
+    alone = Dense(features, [5], ("image",))
     width = features.images_NF.shape[1]
     np.testing.assert_allclose(alone(features)[0], np.r_[np.zeros(width), np.ones(width)] / np.sqrt(width), rtol=1e-6)
 
 
-def test_trees_answer_with_probabilities_of_every_class(tmp_path: Path) -> None:
+def test_trees_answer_withprobabilities_of_every_class(tmp_path: Path) -> None:
     train, val, test = (open_tiny(tmp_path, split) for split in ("train", "val", "test"))
     found = Trees().fit(train, val, 0)(test)
     assert found.shape == (24, len(CLASSES))

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lanistr.comparison.ablate import choose, make_arms
+from lanistr.baselines.frozen import FrozenLanistr
+from lanistr.baselines.ours import Pretraining
+from lanistr.comparison.ablate import choose, make_arms, make_method
 from lanistr.config import PretrainConfig
 from lanistr.data.reader import GoldDataset
 from lanistr.training.pretrain import choose_samples
-from tests.model.support import NAMES, RECIPE, make_modalities
+from tests.model.support import NAMES, RECIPE, make_modalities, recipe_with
 from tests.tiny_gold import write_gold
 
 TERMS = {name: modality.term for name, modality in make_modalities().items()}
@@ -37,6 +39,25 @@ def test_an_arm_changes_one_thing() -> None:
     assert changed["without_nonparallel"] == {".pretrain.complete_only"}
     assert changed["unlabelled_50"] == {".pretrain.share"}
     assert changed["full"] == changed["unlabelled_0"] == set()
+
+
+def test_a_modality_that_is_left_out_predicts_nothing_and_is_not_predicted() -> None:
+    recipe = recipe_with(objective__cross=["text", "image", "tabular"])
+    arms = make_arms(recipe, TERMS)
+    assert arms["without_image"][1].objective.cross == ["text", "tabular"]
+    two = recipe_with(objective__cross=["text", "image"])
+    assert make_arms(two, TERMS)["without_image"][1].objective.cross == []
+
+
+def test_a_frozen_arm_is_a_logistic_regression_on_a_run_of_its_own(tmp_path: Path) -> None:
+    whole, scratch = (
+        make_method(name, RECIPE, tmp_path, tmp_path, 3, tmp_path, frozen=True) for name in ("full", "unlabelled_0")
+    )
+    assert isinstance(whole, FrozenLanistr)
+    assert isinstance(whole.source, Pretraining)
+    assert whole.source.folder == tmp_path / "runs" / "full"
+    assert isinstance(scratch, FrozenLanistr)
+    assert scratch.source is None
 
 
 def test_a_loss_that_is_off_is_no_arm_and_an_unknown_arm_is_refused() -> None:

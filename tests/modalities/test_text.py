@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from lanistr.modalities.padded import PaddedText
 from lanistr.modalities.text import KEPT, TextModality
 from lanistr.transforms import TextSpec
 
@@ -42,3 +44,31 @@ def test_content_without_a_maskable_token_predicts_nothing() -> None:
     schema = TextModality.paper_schema().model_copy(update={"spec": SPEC.model_dump()})
     modality = TextModality("text", {}, schema)
     assert (modality.corrupt(np.array([2, 3]), np.random.default_rng(0)) == KEPT).all()
+
+
+def test_the_mean_of_a_texts_tokens_may_enter_fusion_in_their_place() -> None:
+    config = {"hidden": 8, "layers": 1, "heads": 2, "intermediate": 16, "max_tokens": 16, "fusion_tokens": "mean"}
+    schema = TextModality.paper_schema().model_copy(update={"spec": SPEC.model_dump()})
+    made = TextModality("text", config, schema)
+    texts, masks = [np.array([2, 7, 9, 3]), np.array([2, 8, 3])], [np.full(4, KEPT), np.array([KEPT, 4, KEPT])]
+    collated = made.collate(texts, masks, [1.0, 1.0])
+    encoder = made.build(4, "reference")
+    hidden_TH = torch.arange(28.0).view(14, 2)
+    of_both_views = torch.stack([hidden_TH[a:b].mean(0) for a, b in ((0, 4), (4, 7), (7, 11), (11, 14))])
+    torch.testing.assert_close(encoder.entering(hidden_TH, collated.inputs), of_both_views)
+    np.testing.assert_array_equal(collated.token_counts, [1, 1])
+
+
+def test_the_mean_is_the_same_over_padded_texts() -> None:
+    config = {"hidden": 8, "layers": 1, "heads": 2, "intermediate": 16, "max_tokens": 16, "fusion_tokens": "mean"}
+    schema = TextModality.paper_schema().model_copy(update={"spec": SPEC.model_dump()})
+    made = TextModality("text", config, schema)
+    texts = [np.array([2, 7, 9, 3]), np.array([2, 8, 3])]
+    encoder = made.build(4, "reference").eval()
+    inputs = made.collate(texts, None, [1.0, 1.0]).inputs
+    padded = PaddedText(made, encoder).eval()
+    ids, mask = (torch.from_numpy(array) for array in padded.stack(texts))
+    with torch.no_grad():
+        tokens_BLD, real_BL = padded(ids, mask)
+        torch.testing.assert_close(tokens_BLD[:, 0], encoder.project(encoder.encode(inputs), inputs))
+    assert real_BL.tolist() == [[True], [True]]

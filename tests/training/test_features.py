@@ -53,9 +53,10 @@ class Run:
         self.folder = folder
 
     def cached(self) -> tuple[GoldDataset, GoldDataset]:
-        return cache_features(
-            self.task, self.config, self.frozen, self.train, self.val, self.positions, self.folder, CPU, 0
-        )
+        shared = isinstance(self.config.cache, str)
+        train = self.train.labelled(None, 0) if shared else self.positions
+        wanted = {"train": train, "val": self.val.labelled(None, 0)}
+        return cache_features(self.task, self.config, self.frozen, self.train, self.val, wanted, self.folder, CPU, 0)
 
     def loader(self, train: GoldDataset) -> TrainLoader:
         dropout = self.config.modality_dropout
