@@ -50,7 +50,9 @@ class Encoders(nn.Module):
             encoder, inputs = cast(ModalityEncoder[Any], module), batch.inputs[name]
             pools.append(encoder.project(encoder.encode(inputs), inputs))
         nothing_1D = pools[0].new_zeros(1, pools[0].shape[1])  # stands where LANISTR has its [CLS]
-        tokens_TD = torch.cat([nothing_1D, *pools]).index_select(0, batch.fusion.gather_T)
+        # Behind the pools, what LANISTR may have learnt for absent modalities (`absent_token`): here nothing, too.
+        pool_TD = torch.cat([nothing_1D, *pools, nothing_1D.expand(len(pools), -1)])
+        tokens_TD = pool_TD.index_select(0, batch.fusion.gather_T)
         return mean_by_modality(tokens_TD, batch, len(pools))[:, 1:]
 
     def present(self, batch: Batch) -> Tensor:

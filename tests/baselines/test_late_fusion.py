@@ -39,7 +39,7 @@ def test_beats_chance_and_repeats_itself(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(found_NC, second(splits.test))
 
 
-def make_task(splits: Any, kind: str) -> nn.Module:
+def make_task(splits: Any, kind: str) -> Any:
     torch.manual_seed(0)
     encoders = Encoders.build(planted_recipe().model, splits.train.modalities, "cpu")
     if kind == "late":
@@ -60,7 +60,9 @@ def test_neither_other_samples_nor_the_content_of_dummies_matter(tmp_path: Path,
     )
     np.testing.assert_allclose(alone_NC, together_NC, atol=1e-6)
 
-    class Other(type(make_modalities()["image"])):
+    base: Any = type(make_modalities()["image"])
+
+    class Other(base):
         def dummy(self) -> np.ndarray:
             return np.full_like(super().dummy(), 7)
 
@@ -96,7 +98,7 @@ def test_an_absent_modality_is_zeros_and_a_present_one_the_mean_of_its_tokens(tm
 
 def test_the_lstm_runs_over_present_vectors_only() -> None:
     torch.manual_seed(0)
-    lstm = nn.LSTM(4, 4, batch_first=True).double()
+    lstm: Any = nn.LSTM(4, 4, batch_first=True).double()
     vectors_BMD = torch.randn(8, 3, 4, dtype=torch.float64)
     present_BM = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)], dtype=torch.float32)
     found_BD = last_hidden(lstm, vectors_BMD, present_BM)
@@ -133,3 +135,12 @@ def test_stage_1_leaves_the_images_encoder_as_it_was_and_trains_the_others(tmp_p
         patch.setattr(module, "_train_alone", spy)
         MedFuseMethod(recipe, None).fit(splits.draw(24, 0), replace(splits.val), 0)
     assert seen == ["text", "tabular", "timeseries"]
+
+
+@pytest.mark.parametrize("kind", ["late", "medfuse"])
+def test_a_token_for_absent_modalities_is_lanistrs_alone(tmp_path: Path, kind: str) -> None:
+    with_token = planted_recipe(model__modalities__image__absent_token=True, model__modalities__text__absent_token=True)
+    plain, other = (planted_splits(tmp_path / str(i), recipe=r) for i, r in enumerate((planted_recipe(), with_token)))
+    task = make_task(plain, kind)
+    expected, found = (predict(task, splits.test, torch.device("cpu")) for splits in (plain, other))
+    np.testing.assert_array_equal(found, expected)
