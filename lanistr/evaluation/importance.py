@@ -16,6 +16,7 @@ from lanistr.config import Recipe, load_recipe
 from lanistr.data.reader import GoldDataset, load_manifest, open_split
 from lanistr.data.samples import intact, read_samples
 from lanistr.describe import count_work
+from lanistr.evaluation.advice import advise
 from lanistr.evaluation.embed import embed
 from lanistr.evaluation.probe import FOLDS, Case, Probe, Truth, bootstrap, linear_kernel
 from lanistr.evaluation.shapley import interactions, shapley_values, subsets
@@ -377,34 +378,3 @@ def cost(recipe: Recipe, dataset: GoldDataset) -> dict[str, dict[str, float]]:
         flops = (work[f"{name} encoder"].flops + work[f"{name} projection"].flops) / 2
         found[name] = {"bytes": float(sizes[sizes > 0].mean()) if (sizes > 0).any() else 0.0, "flops": float(flops)}
     return found
-
-
-ENOUGH = 0.01  # of the variance: a modality that surely explains less is not worth having
-OFTEN = 0.2  # missing share from which collecting more is worth a word
-
-
-def advise(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Keep, drop, or collect more; a rule and no more than that."""
-    rising = still_rising(found["curve"])
-    rows = []
-    for row in found["shapley"]:
-        low, high = row["ci95"]
-        missing = found["missing"][row["modality"]]
-        if low > 0 and missing >= OFTEN:
-            gain = row["value"] * missing / (1 - missing)
-            verdict, why = "keep, collect more", f"missing in {missing:.0%}; about {gain:+.3f} if it never were"
-        elif low > 0:
-            verdict, why = "keep", "its interval is above zero"
-        elif high < ENOUGH:
-            verdict, why = "drop", f"surely below {ENOUGH:.0%} of the variance with this encoder and these labels"
-        else:
-            verdict = "label more" if rising else "undecided"
-            why = "its interval holds zero" + (", and the learning curve still rises" if rising else "")
-        rows.append({"modality": row["modality"], "verdict": verdict, "why": why})
-    return rows
-
-
-def still_rising(curve: Sequence[Mapping[str, float]]) -> bool:
-    """Whether the last doubling of the labels brought more than it could by chance."""
-    half, full = curve[-2], curve[-1]
-    return full["value"] - half["value"] > max(half["spread"], full["spread"], 0.005)

@@ -11,8 +11,9 @@ import pytest
 
 from etl.sources.synthetic import draw_factors
 from lanistr.data.reader import GoldDataset
+from lanistr.evaluation.advice import advise
 from lanistr.evaluation.embed import embed
-from lanistr.evaluation.importance import Material, advise, gather, importance, measure
+from lanistr.evaluation.importance import Material, gather, importance, measure
 from lanistr.evaluation.importance_report import write_importance
 from lanistr.evaluation.probe import Truth
 from lanistr.manifest import Manifest
