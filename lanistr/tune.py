@@ -58,6 +58,8 @@ def tune(recipe: Recipe, cells: Sequence[Cell], out: Path, run: Run) -> dict[str
         print(f"cell {i + 1}/{len(cells)}: {cell_name(cell)}{' (done)' if done else ''}", file=sys.stderr, flush=True)
         if not done:
             run(own, folder, find_latest(folder) is not None)
+            if not (folder / "summary.json").is_file():
+                raise ValueError(f"{folder}: stopped by a signal, saved; the same command goes on")
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         metric = summary["metric"]
         rows.append({"cell": cell, "metric": metric, "value": summary["best"][metric], "step": summary["best"]["step"]})

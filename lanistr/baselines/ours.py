@@ -47,7 +47,7 @@ class Pretraining:
                 config = self.recipe.pretrain.model_copy(update={"seed": number})
                 recipe = self.recipe.model_copy(update={"pretrain": config})
                 _join()
-                pretrain(recipe, self.data, run, self.ds_config, resume="auto")
+                _demand(pretrain(recipe, self.data, run, self.ds_config, resume="auto"), run)
         return run
 
 
@@ -83,9 +83,8 @@ class LanistrMethod:
         source = self.source.run(seed) if isinstance(self.source, Pretraining) else self.source
         run = self.work / f"run-{len(train)}-{seed}"
         _join()
-        finetune(
-            tuned, Path(train.dataset.path), run, self.ds_config, source=source, labels=len(train), resume="auto"
-        )  # fmt: skip
+        data, labels = Path(train.dataset.path), len(train)
+        _demand(finetune(tuned, data, run, self.ds_config, source=source, labels=labels, resume="auto"), run)
         predict_subset = _load(run, train)
         shutil.rmtree(run)
         return predict_subset
@@ -95,6 +94,12 @@ def _published(recipe: Recipe) -> list[str]:
     """Of the encoders that the recipe freezes those that start from published weights: the others know nothing yet."""
     blocks = recipe.model.modalities
     return [name for name in recipe.finetune.frozen(list(blocks)) if blocks.get(name, {}).get("pretrained")]
+
+
+def _demand(finished: bool, run: Path) -> None:
+    """Half a training is no answer."""
+    if not finished:
+        raise ValueError(f"{run}: stopped by a signal, saved; the same command goes on")
 
 
 def _join() -> None:

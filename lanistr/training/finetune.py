@@ -38,7 +38,7 @@ def finetune(
     source: Path | None,
     labels: int | None,
     resume: Resume | None,
-) -> None:
+) -> bool:
     """Fine-tune on ``labels`` labelled train samples (None = all).
 
     Args:
@@ -49,6 +49,9 @@ def finetune(
         source: pretraining run; None = from scratch, then nothing may be frozen.
         labels: how many.
         resume: go on from the newest checkpoint, if there is one.
+
+    Returns:
+        Whether the run is finished (only then it has a summary); False where a signal ended it early.
 
     Raises:
         ValueError: anything that a user can put right.
@@ -89,7 +92,7 @@ def finetune(
     shares = dict.fromkeys(pretrained_encoders(task, report), config.pretrained_lr)
     engine = Engine(task, filled, device, config.weight_decay, shares)
     keeper = BestKeeper(engine, val, config, loader.steps_per_epoch, run)
-    steps = train(
+    finished = train(
         engine,
         loader,
         config,
@@ -100,10 +103,11 @@ def finetune(
         after_step=keeper.after_step,
         score=keeper.score,
     )
-    if rank == 0:
-        write_summary(run, {"task": "finetune", "steps": steps, "metric": keeper.metric, "best": keeper.best})
+    if finished and rank == 0:
+        write_summary(run, {"task": "finetune", "metric": keeper.metric, "best": keeper.best})
     if not joined:
         distributed.shutdown()
+    return finished
 
 
 def _open(data: Path, recipe: Recipe, modalities: dict[str, Modality[Any, Any]]) -> tuple[GoldDataset, GoldDataset]:

@@ -42,7 +42,7 @@ def train(
     score: Callable[[int], float | None] | None = None,
     useful: Useful | None = None,
     watch_collapse: bool = False,
-) -> int:
+) -> bool:
     """Train to the end of the run, or until a signal asks for a checkpoint and an early end.
 
     Args:
@@ -59,7 +59,7 @@ def train(
         watch_collapse: warn where embeddings collapse (pretraining).
 
     Returns:
-        Steps done.
+        Whether the run is finished; False where a signal ended it early.
 
     Raises:
         ValueError: nothing to resume from; a step that is not finite; ranks that disagree; no room for the last
@@ -75,6 +75,7 @@ def train(
         check_agreement(engine.module, step)
     if begin:
         begin(step)
+    finished = step >= total
     with StopRequest() as request, Watchdog(run, config.hang_after) as watchdog:
         while step < total:
             watchdog.note(step, "waiting for data")
@@ -93,19 +94,19 @@ def train(
             if config.check_every and step % config.check_every == 0:
                 check_agreement(engine.module, step)
             watchdog.note(step, "validating")
-            done = (after_step(step) if after_step else False) or step == total
+            finished = (after_step(step) if after_step else False) or step == total
             stop = request.agreed(engine.device)
-            if step % config.save_every == 0 or done or stop:
+            if step % config.save_every == 0 or finished or stop:
                 watchdog.note(step, "saving")
                 measured = score(step) if score else None
                 problem = save_checkpoint(run, engine, loader.state(step), config, about or {}, measured)
-                if problem and (done or stop):
+                if problem and (finished or stop):
                     raise ValueError(f"step {step}: the last checkpoint could not be saved: {problem}")
-            if done or stop:
+            if finished or stop:
                 break
     monitor.close()
     _report_end(step, total, request, loader, engine)
-    return step
+    return finished
 
 
 def _report_end(step: int, total: int, request: StopRequest, loader: TrainLoader, engine: Engine) -> None:

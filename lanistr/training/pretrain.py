@@ -26,7 +26,7 @@ from lanistr.training.tracking import fill_trackers
 from lanistr.training.validation import Validator
 
 
-def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: Resume | None) -> None:
+def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: Resume | None) -> bool:
     """Pretrain on the train split of a gold dataset.
 
     Args:
@@ -35,6 +35,9 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         run: where the run goes.
         ds_config: ZeRO configuration.
         resume: go on from the newest checkpoint, if there is one.
+
+    Returns:
+        Whether the run is finished (only then it has a summary); False where a signal ended it early.
 
     Raises:
         ValueError: anything that a user can put right.
@@ -77,7 +80,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     validator = None
     if config.eval_every and val:
         validator = Validator(engine, val, collator, config, run, total_steps(loader, config))
-    steps = train(
+    finished = train(
         engine,
         loader,
         config,
@@ -90,10 +93,11 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         useful=None if config.cache else Useful(recipe, manifest.modalities),  # it counts encoders that do not run
         watch_collapse=True,
     )
-    if distributed.rank() == 0:
-        write_summary(run, {"task": "pretrain", "steps": steps, "best": best_validation(run, engine.weights)})
+    if finished and distributed.rank() == 0:
+        write_summary(run, {"task": "pretrain", "best": best_validation(run, engine.weights)})
     if not joined:
         distributed.shutdown()
+    return finished
 
 
 def _cached(

@@ -1,6 +1,8 @@
 """Guards what an operator is told about waiting for data."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,3 +128,24 @@ def test_a_collapse_is_an_alarm_in_pretraining_only_and_logged_in_fine_tuning_to
     assert capsys.readouterr().err.count("embeddings collapse: fused") == int(pretraining)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["rank/fused"] for row in rows] == [12.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_run_is_finished_only_where_no_signal_ended_it(tmp_path: Path, signalled: bool) -> None:
+    modalities = {"tabular": make_modalities()["tabular"]}
+    dataset = GoldDataset(write_gold(tmp_path / "gold", {"train": 16}, lambda _: NAMES), "train", modalities)
+    loader = TrainLoader(
+        dataset, Collator(modalities, views=1, seed=0), global_batch=4, micro_batch=None, ranks=1, rank=0, seed=0,
+        grouping="mixed",
+    )  # fmt: skip
+    config = OptimizerConfig(global_batch=4, epochs=1, max_steps=4, log_every=1, health_every=None)
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def after_step(step: int) -> bool:
+        if signalled and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    assert train(Engine(), loader, config, run, resuming=False, after_step=after_step) is not signalled  # type: ignore[arg-type]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == (2 if signalled else 4)
