@@ -1,11 +1,11 @@
 """The figures of `lanistr.evaluation.attribution` as JSON, Markdown and a drawing."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lanistr.evaluation.figures import write_figures
 from lanistr.metrics import LOWER_IS_BETTER
 
 WHOLE, WITHOUT, ALONE, LOOK, QUIET = "#444444", "#d55e00", "#0072b2", "#009e73", "#9a9a9a"
@@ -14,18 +14,7 @@ SHOWN_COLUMNS = 20
 
 def write_attribution(found: Mapping[str, Any], out: Path) -> str:
     """Write ``importance.json``, ``importance.md`` and ``importance.png`` into a folder; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "importance.json", json.dumps(found, indent=1) + "\n")
-    draw(found, out / "importance.png")
-    text = "\n".join(markdown(found)) + "\n"
-    _write(out / "importance.md", text)
-    return text
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    return write_figures(found, markdown(found), draw, out, "importance")
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,10 @@
 """The figures of `lanistr.evaluation.importance` as JSON, Markdown and a drawing."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lanistr.evaluation.figures import write_figures
 
 MODALITY, SYNERGY, REDUNDANCY, QUIET = "#1f5fa8", "#3b8f5a", "#c8541e", "#9a9a9a"
 SHOWN_PAIRS = 8
@@ -12,18 +12,7 @@ SHOWN_PAIRS = 8
 
 def write_importance(found: Mapping[str, Any], out: Path) -> str:
     """Write ``importance.json``, ``importance.md`` and ``importance.png`` into a folder; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "importance.json", json.dumps(found, indent=1) + "\n")
-    draw(found, out / "importance.png")
-    text = "\n".join(markdown(found)) + "\n"
-    _write(out / "importance.md", text)
-    return text
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    return write_figures(found, markdown(found), draw, out, "importance")
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,11 @@
 """The figures of `lanistr.evaluation.robustness` as JSON, Markdown and a drawing."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lanistr.evaluation.figures import write_figures
 from lanistr.metrics import LOWER_IS_BETTER
 
 COLUMNS = 3
@@ -14,18 +14,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def write_robustness(found: Mapping[str, Any], out: Path) -> str:
     """Write ``robustness.json``, ``robustness.md`` and ``robustness.png`` into a folder; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "robustness.json", json.dumps(found, indent=1) + "\n")
-    draw(found, out / "robustness.png")
-    text = "\n".join(markdown(found)) + "\n"
-    _write(out / "robustness.md", text)
-    return text
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    return write_figures(found, markdown(found), draw, out, "robustness")
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
