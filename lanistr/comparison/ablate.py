@@ -14,7 +14,6 @@ from lanistr.comparison.grid import Splits, run_grid
 from lanistr.comparison.table import Truth, make_rows, markdown, write_results
 from lanistr.config import Recipe, load_recipe
 from lanistr.metrics import METRICS, find_metric
-from lanistr.training import distributed
 
 FULL, SCRATCH = "full", "unlabelled_0"
 PERCENTS = (25, 50, 75)
@@ -41,18 +40,8 @@ def ablate(arguments: argparse.Namespace) -> str:
     }
     identity = identify(splits, recipe, arguments) | {"frozen": arguments.frozen}
     store = CellStore(arguments.out, identity)
-    try:
-        cells = run_grid(
-            methods,
-            arguments.labels,
-            arguments.seeds,
-            splits,
-            store,
-            METRICS["class"][metrics[0]],
-            arguments.table_only,
-        )
-    finally:
-        distributed.shutdown()
+    metric = METRICS["class"][metrics[0]]
+    cells = run_grid(methods, arguments.labels, arguments.seeds, splits, store, metric, arguments.table_only)
     rows = make_rows(cells, store, Truth.of(splits.test), metrics, FULL, splits.train.manifest.name)
     text = markdown(rows, about, FULL)
     write_results(arguments.out, "ablate", rows, text, {"labelled": sizes(splits), "identity": identity})

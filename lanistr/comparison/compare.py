@@ -12,7 +12,6 @@ from lanistr.comparison.table import Truth, make_rows, markdown, write_results
 from lanistr.config import Recipe, load_recipe
 from lanistr.data.reader import load_manifest
 from lanistr.metrics import METRICS, find_metric
-from lanistr.training import distributed
 
 
 def compare_methods(arguments: argparse.Namespace) -> str:
@@ -41,18 +40,8 @@ def compare_methods(arguments: argparse.Namespace) -> str:
     identity = identify(splits, recipe, arguments)
     identity |= {"from": str(arguments.source), "text_encoder": str(arguments.text_encoder)}
     store = CellStore(arguments.out, identity)
-    try:
-        cells = run_grid(
-            methods,
-            arguments.labels,
-            arguments.seeds,
-            splits,
-            store,
-            METRICS["class"][metrics[0]],
-            arguments.table_only,
-        )
-    finally:
-        distributed.shutdown()
+    metric = METRICS["class"][metrics[0]]
+    cells = run_grid(methods, arguments.labels, arguments.seeds, splits, store, metric, arguments.table_only)
     rows = make_rows(cells, store, Truth.of(splits.test), metrics, arguments.ours, splits.train.manifest.name)
     text = markdown(rows, {name: entry.about for name, entry in METHODS.items()}, arguments.ours, unfit(kinds))
     write_results(arguments.out, "compare", rows, text, {"labelled": sizes(splits), "identity": identity})

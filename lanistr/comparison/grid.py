@@ -15,6 +15,7 @@ from lanistr.config import Recipe
 from lanistr.data.reader import GoldDataset, load_manifest, open_split
 from lanistr.metrics import Metric
 from lanistr.modalities import make_modalities
+from lanistr.training import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +103,21 @@ def run_grid(
         return cells
     logger.info("%d cells, %d of them done before", len(cells), len(cells) - len(todo))
     begin = time.perf_counter()
-    for done, cell in enumerate(todo, 1):
-        with store.claim(cell) as mine:
-            if not mine:
-                continue
-            try:
-                found = answer(cell, methods[cell.method], splits)
-            except ValueError as error:
-                raise ValueError(f"cell {cell.name}: {error}") from None
-            store.save(cell, found)
-        left = timedelta(seconds=round((time.perf_counter() - begin) / done * (len(todo) - done)))
-        value = metric(found.probabilities_NC, splits.test.labels_N)
-        logger.info("%d/%d  %-28s %.4f  %6.1f s  about %s left", done, len(todo), cell.name, value, found.seconds, left)
+    try:
+        for done, cell in enumerate(todo, 1):
+            with store.claim(cell) as mine:
+                if not mine:
+                    continue
+                try:
+                    found = answer(cell, methods[cell.method], splits)
+                except ValueError as error:
+                    raise ValueError(f"cell {cell.name}: {error}") from None
+                store.save(cell, found)
+            left = timedelta(seconds=round((time.perf_counter() - begin) / done * (len(todo) - done)))
+            value = metric(found.probabilities_NC, splits.test.labels_N)
+            logger.info(
+                "%d/%d  %-28s %.4f  %6.1f s  about %s left", done, len(todo), cell.name, value, found.seconds, left
+            )
+    finally:
+        distributed.shutdown()  # which trainings of this process have joined
     return cells

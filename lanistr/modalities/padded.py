@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lanistr.modalities.base import Modality
 from lanistr.modalities.image import ImageInput
 from lanistr.modalities.tabular import Row, TabularInput
+from lanistr.modalities.text import TextModality
 from lanistr.modalities.timeseries import Series
 from lanistr.ops.transformer import dense_block
 
@@ -80,7 +81,8 @@ class PaddedText(PaddedModality):
     def __init__(self, modality: Modality[Any, Any], encoder: Any):
         super().__init__(modality, encoder)
         self.bert = dense_bert(encoder.encoder)
-        self.entering = getattr(modality, "config").fusion_tokens  # noqa: B009
+        assert isinstance(modality, TextModality)
+        self.entering = modality.config.fusion_tokens
 
     def stack(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Padded with 0."""

@@ -60,15 +60,19 @@ class SlowDataset(GoldDataset):
         return super().fetch(position)
 
 
+def make_loader(dataset: GoldDataset, global_batch: int) -> TrainLoader:
+    collator = Collator(dataset.modalities, views=1, seed=0)
+    return TrainLoader(
+        dataset, collator, global_batch=global_batch, micro_batch=None, ranks=1, rank=0, seed=0, grouping="mixed"
+    )
+
+
 def test_a_loader_made_slow_on_purpose_shows_up_within_20_steps_with_advice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     modalities = {"tabular": make_modalities()["tabular"]}
     dataset = SlowDataset(write_gold(tmp_path / "gold", {"train": 40}, lambda _: NAMES), "train", modalities)
-    loader = TrainLoader(
-        dataset, Collator(modalities, views=1, seed=0), global_batch=2, micro_batch=None, ranks=1, rank=0, seed=0,
-        grouping="mixed",
-    )  # fmt: skip
+    loader = make_loader(dataset, 2)
     config = OptimizerConfig(global_batch=2, epochs=1, max_steps=20, log_every=20, health_every=None)
     (tmp_path / "run").mkdir()
     train(Engine(), loader, config, tmp_path / "run", resuming=False)  # type: ignore[arg-type]
@@ -117,10 +121,7 @@ def test_a_collapse_is_an_alarm_in_pretraining_only_and_logged_in_fine_tuning_to
     monkeypatch.setattr(Health, "end", lambda self: {**figures, "rank/fused": next(ranks)})
     modalities = {"tabular": make_modalities()["tabular"]}
     dataset = GoldDataset(write_gold(tmp_path / "gold", {"train": 16}, lambda _: NAMES), "train", modalities)
-    loader = TrainLoader(
-        dataset, Collator(modalities, views=1, seed=0), global_batch=4, micro_batch=None, ranks=1, rank=0, seed=0,
-        grouping="mixed",
-    )  # fmt: skip
+    loader = make_loader(dataset, 4)
     config = OptimizerConfig(global_batch=4, epochs=1, max_steps=4, log_every=1)
     run = tmp_path / "run"
     run.mkdir()
@@ -134,10 +135,7 @@ def test_a_collapse_is_an_alarm_in_pretraining_only_and_logged_in_fine_tuning_to
 def test_a_run_is_finished_only_where_no_signal_ended_it(tmp_path: Path, signalled: bool) -> None:
     modalities = {"tabular": make_modalities()["tabular"]}
     dataset = GoldDataset(write_gold(tmp_path / "gold", {"train": 16}, lambda _: NAMES), "train", modalities)
-    loader = TrainLoader(
-        dataset, Collator(modalities, views=1, seed=0), global_batch=4, micro_batch=None, ranks=1, rank=0, seed=0,
-        grouping="mixed",
-    )  # fmt: skip
+    loader = make_loader(dataset, 4)
     config = OptimizerConfig(global_batch=4, epochs=1, max_steps=4, log_every=1, health_every=None)
     run = tmp_path / "run"
     run.mkdir()
