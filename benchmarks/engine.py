@@ -48,6 +48,7 @@ from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, parameter_groups, start
 from lanistr.training.flops import Useful
+from lanistr.training.lifeline import end_process
 from lanistr.training.loop import train
 from lanistr.training.schedule import lr_at
 
@@ -295,4 +296,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -28,6 +28,7 @@ from lanistr.comparison.table import Truth, make_rows, markdown
 from lanistr.config import Recipe, load_recipe
 from lanistr.metrics import METRICS
 from lanistr.training import distributed
+from lanistr.training.lifeline import end_process
 
 METRIC = "accuracy"
 ABOUT = {
@@ -116,3 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -53,6 +53,7 @@ from lanistr.training.checkpoint import WEIGHTS, find_latest, named_tensors, sav
 from lanistr.training.engine import start
 from lanistr.training.finetune import finetune
 from lanistr.training.flops import meta_pretrain, unpadded
+from lanistr.training.lifeline import end_process
 from lanistr.training.transfer import save_schema
 
 CHUNK = 16
@@ -336,4 +337,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

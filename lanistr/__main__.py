@@ -158,4 +158,6 @@ def _report_methods(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from lanistr.training.lifeline import end_process  # compare and tune train in this process
+
+    end_process(main())

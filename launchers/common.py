@@ -1,7 +1,6 @@
 """What the launchers share: the command line, one-line errors, and the demo dataset."""
 
 import argparse
-import atexit
 import fcntl
 import logging
 import os
@@ -63,21 +62,12 @@ def main(run: Callable[[], None]) -> int:
 
 
 def main_of_ranks(run: Callable[[], None]) -> NoReturn:
-    """As `main`, for a rank: it ends with its launcher, and without torch's teardown.
-
-    Now and then (1 in 50, on a busy machine) a thread of torch's communication aborts the process while it is taken down,
-    after everything is done and on disk; a scheduler would take that for a failure.
-    """
-    from lanistr.training.lifeline import follow_launcher
+    """As `main`, for a rank: it ends with its launcher, and without torch's teardown."""
+    from lanistr.training.lifeline import end_process, follow_launcher
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost peer is three C++ stack traces
     follow_launcher()
-    code = main(run)
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    end_process(main(run))
 
 
 def is_rank_0() -> bool:

@@ -29,6 +29,7 @@ from lanistr.training import distributed
 from lanistr.training.ds_config import fill_tree
 from lanistr.training.engine import Engine, start
 from lanistr.training.flops import meta_pretrain
+from lanistr.training.lifeline import end_process
 from lanistr.training.memory import gradients_dropped, weighted_loss
 
 
@@ -202,3 +203,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

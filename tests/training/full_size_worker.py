@@ -21,6 +21,7 @@ from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
 from lanistr.training.guard import check_agreement
+from lanistr.training.lifeline import end_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +57,7 @@ def main() -> None:
         report |= {"peak_mib": peaks, "changed": changed, "tensors": len(before)}
         Path(sys.argv[2]).write_text(json.dumps(report))
     distributed.shutdown()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
 from lanistr.training.guard import check_agreement
+from lanistr.training.lifeline import end_process
 from tests.model.support import make_modalities, make_pretrain
 from tests.training.worker import config_of, ds_config
 
@@ -74,6 +75,7 @@ def main() -> None:
     if distributed.rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(reports))
     distributed.shutdown()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from lanistr.training import distributed
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
+from lanistr.training.lifeline import end_process
 from lanistr.training.measured import bytes_of, optimizer_tensors
 from tests.model.support import NAMES, RECIPE, make_batch, make_modalities, make_pretrain, random_samples
 
@@ -39,6 +40,7 @@ def main() -> None:
         if distributed.rank() == 0:
             Path(case["out"]).write_text(json.dumps(found))
     distributed.shutdown()
+    end_process(0)
 
 
 if __name__ == "__main__":

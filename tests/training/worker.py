@@ -16,6 +16,7 @@ from lanistr.training import distributed, health
 from lanistr.training.ds_config import fill_config
 from lanistr.training.engine import Engine, start
 from lanistr.training.guard import check_agreement
+from lanistr.training.lifeline import end_process
 from lanistr.training.schedule import lr_at
 from tests.model.support import RECIPE, make_modalities, make_pretrain
 
@@ -90,6 +91,7 @@ def main() -> None:
         if distributed.rank() == 0:
             Path(case["out"]).write_text(json.dumps(rows))
     distributed.shutdown()
+    end_process(0)
 
 
 if __name__ == "__main__":
