@@ -127,16 +127,19 @@ class Paired:
         distributed.barrier()
         self.marks = time.perf_counter(), time.process_time()
 
+    def score(self, step: int) -> None:
+        """Nothing is validated."""
+
     def end(self, name: str) -> None:
         """Note the time since `begin`."""
         wall, cpu = time.perf_counter() - self.marks[0], time.process_time() - self.marks[1]
         self.wall[name].append(wall)
         self.cpu[name].append(cpu)
 
-    def after_step(self, done: int) -> bool:
+    def after_step(self, step: int) -> bool:
         """As `train` calls it."""
         self.end("ours")
-        step, device = done - 1, torch.device("cpu")
+        step, device = step - 1, torch.device("cpu")  # from the number of steps done to the one just done
         (batch,) = self.loader.recorded[step]
         counts = dict(zip(batch.counts, distributed.all_reduce_sum(list(batch.counts.values()), device), strict=True))
         lr = lr_at(step, self.total, self.config.lr, self.config.warmup, self.config.final_lr)
@@ -174,9 +177,7 @@ def run_paired(recipe: Recipe, gold: Path, folder: Path, steps: int, log_every: 
     folder.mkdir(exist_ok=True)
     engine = Engine(task(), filled, device, config.weight_decay)
     useful = Useful(recipe, dataset.manifest.modalities)
-    train(
-        engine, loader, config, folder, resuming=False, begin=paired.begin, after_step=paired.after_step, useful=useful
-    )
+    train(engine, loader, config, folder, resuming=False, validation=paired, useful=useful)
     distributed.barrier()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return paired, [row["loss"] for row in rows]

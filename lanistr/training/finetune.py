@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from lanistr.config import Recipe
 from lanistr.data.hiding import HidingDataset
 from lanistr.data.loader import Collator
@@ -24,7 +27,7 @@ from lanistr.training.loop import train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.summary import write_summary
 from lanistr.training.tracking import fill_trackers
-from lanistr.training.transfer import pretrained_encoders, pretrained_weights, refuse_untrained, transfer
+from lanistr.training.transfer import LoadReport, pretrained_encoders, pretrained_weights, refuse_untrained, transfer
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +63,8 @@ def finetune(
     manifest = load_manifest(data, recipe.data)
     modalities = make_modalities(manifest, recipe.model.modalities)
     frozen = _check(recipe, manifest, list(modalities), source)
-    parts = config.transferred(list(modalities))
     resuming = check_run(run, resume)
-    rank, world, _ = distributed.world_from_environment()
+    _, world, _ = distributed.world_from_environment()
     dataset, val = _open(data, recipe, modalities)
     collator = Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout)
     positions = dataset.labelled(labels, config.seed)
@@ -75,16 +77,12 @@ def finetune(
     filled = fill_config(ds_config, recipe.name, config, world)
     fill_trackers(filled, ds_config, run)
     task = make_task(recipe, manifest, device.type, config.precision)
-    report = transfer(task, source, modalities, parts) if source else None
-    if report and rank == 0:
-        logger.info("%s: %s", source, report)
+    report = _take_over(task, source, modalities, config.transferred(list(modalities))) if source else None
     task.fit(dataset.label[positions], dataset.target[positions], config.class_weights)
     refuse_untrained(task, report, frozen)
     task.freeze(frozen)
     if config.cache:
-        shared = isinstance(config.cache, str)  # then it serves other draws of labels, too
-        wanted = {"train": dataset.labelled(None, 0) if shared else positions, "val": val.labelled(None, 0)}
-        dataset, val = cache_features(task, config, frozen, dataset, val, wanted, run, device, recipe.data.workers)
+        dataset, val = _cached(task, recipe, dataset, val, positions, run, device)
         collator = replace(collator, modalities=dataset.modalities)
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     extra = {"task": "finetune", "from": str(source) if source else None, "n_labels": len(positions)}
@@ -99,11 +97,9 @@ def finetune(
         run,
         resuming=resuming,
         about=about,
-        begin=keeper.begin,
-        after_step=keeper.after_step,
-        score=keeper.score,
+        validation=keeper,
     )
-    if finished and rank == 0:
+    if finished and distributed.rank() == 0:
         write_summary(run, {"task": "finetune", "metric": keeper.metric, "best": keeper.best})
     if not joined:
         distributed.shutdown()
@@ -117,6 +113,33 @@ def _open(data: Path, recipe: Recipe, modalities: dict[str, Modality[Any, Any]])
     if not config.hide:
         return train, val
     return HidingDataset(train, config.hide, config.seed), HidingDataset(val, config.hide, config.seed)
+
+
+def _take_over(
+    task: Finetune, source: Path, modalities: dict[str, Modality[Any, Any]], parts: list[str] | None
+) -> LoadReport:
+    """Copy the weights of a pretraining run into the task, and say which."""
+    report = transfer(task, source, modalities, parts)
+    if distributed.rank() == 0:
+        logger.info("%s: %s", source, report)
+    return report
+
+
+def _cached(
+    task: Finetune,
+    recipe: Recipe,
+    train: GoldDataset,
+    val: GoldDataset,
+    positions: np.ndarray,
+    run: Path,
+    device: torch.device,
+) -> tuple[GoldDataset, GoldDataset]:
+    """What is trained and validated on, with the outputs of the frozen encoders in the place of their inputs."""
+    config = recipe.finetune
+    frozen = config.frozen(list(train.modalities))
+    shared = isinstance(config.cache, str)  # then it serves other draws of labels, too
+    wanted = {"train": train.labelled(None, 0) if shared else positions, "val": val.labelled(None, 0)}
+    return cache_features(task, config, frozen, train, val, wanted, run, device, recipe.data.workers)
 
 
 def _check(recipe: Recipe, manifest: Manifest, modalities: list[str], source: Path | None) -> list[str]:

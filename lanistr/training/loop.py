@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from lanistr.batch import Batch
 from lanistr.config import OptimizerConfig
 from lanistr.data.loader import TrainLoader
 from lanistr.training import distributed
@@ -21,6 +22,22 @@ from lanistr.training.schedule import lr_at
 from lanistr.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+class Validation(Protocol):
+    """What looks at the model while it trains. All of it is called on every rank."""
+
+    def begin(self, step: int) -> None:
+        """Called with the steps done before the first one of this process."""
+        ...
+
+    def after_step(self, step: int) -> bool:
+        """Called with the number of steps done; True ends the run."""
+        ...
+
+    def score(self, step: int) -> float | None:
+        """After that many steps, more is better; None = not measured then."""
+        ...
 
 
 def total_steps(loader: TrainLoader, config: OptimizerConfig) -> int:
@@ -37,9 +54,7 @@ def train(
     *,
     resuming: bool,
     about: dict[str, Any] | None = None,
-    begin: Callable[[int], None] | None = None,
-    after_step: Callable[[int], bool] | None = None,
-    score: Callable[[int], float | None] | None = None,
+    validation: Validation | None = None,
     useful: Useful | None = None,
     watch_collapse: bool = False,
 ) -> bool:
@@ -52,9 +67,7 @@ def train(
         run: run folder.
         resuming: go on from the newest checkpoint.
         about: goes into every checkpoint: recipe, data, versions.
-        begin: called on every rank with the steps done before the first one of this process.
-        after_step: called on every rank with the number of steps done; True ends the run.
-        score: on validation after that many steps, more is better; None = not measured then.
+        validation: looks at the model after every step, may end the run, and scores checkpoints.
         useful: counts useful operations, for the log.
         watch_collapse: warn where embeddings collapse (pretraining).
 
@@ -73,15 +86,13 @@ def train(
     engine.module.train()
     if config.check_every:
         check_agreement(engine.module, step)
-    if begin:
-        begin(step)
+    if validation:
+        validation.begin(step)
     finished = step >= total
     with StopRequest() as request, Watchdog(run, config.hang_after) as watchdog:
         while step < total:
             watchdog.note(step, "waiting for data")
-            asked = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - asked
+            micro_batches, waited = _timed(batches)
             # Dropout is a function of (seed, step, rank), so that a resumed run repeats it.
             torch.manual_seed(hash((config.seed, step, distributed.rank())))
             lr = lr_at(step, total, config.lr, config.warmup, config.final_lr)
@@ -94,12 +105,12 @@ def train(
             if config.check_every and step % config.check_every == 0:
                 check_agreement(engine.module, step)
             watchdog.note(step, "validating")
-            finished = (after_step(step) if after_step else False) or step == total
+            finished = (validation.after_step(step) if validation else False) or step == total
             stop = request.agreed(engine.device)
             if step % config.save_every == 0 or finished or stop:
                 watchdog.note(step, "saving")
-                measured = score(step) if score else None
-                problem = save_checkpoint(run, engine, loader.state(step), config, about or {}, measured)
+                score = validation.score(step) if validation else None
+                problem = save_checkpoint(run, engine, loader.state(step), config, about or {}, score)
                 if problem and (finished or stop):
                     raise ValueError(f"step {step}: the last checkpoint could not be saved: {problem}")
             if finished or stop:
@@ -107,6 +118,12 @@ def train(
     monitor.close()
     _report_end(step, total, request, loader, engine)
     return finished
+
+
+def _timed(batches: Iterator[list[Batch]]) -> tuple[list[Batch], float]:
+    """The micro-batches of the next step, and the seconds that they were waited for."""
+    asked = time.perf_counter()
+    return next(batches), time.perf_counter() - asked
 
 
 def _report_end(step: int, total: int, request: StopRequest, loader: TrainLoader, engine: Engine) -> None:

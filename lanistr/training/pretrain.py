@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from lanistr.data.mixing import MixedDataset
 from lanistr.data.reader import GoldDataset, load_manifest, load_tokenizer_bytes, open_split
 from lanistr.data.streams import philox
 from lanistr.modalities import make_modalities
+from lanistr.modalities.base import Modality
 from lanistr.model.lanistr import build_model
 from lanistr.tasks import Pretrain
 from lanistr.training import distributed
@@ -48,15 +50,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     _check(recipe, list(modalities), manifest.n("val"))
     resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
-    dataset = open_split(data, "train", modalities, recipe.data)
-    positions = choose_samples(dataset, config)
-    if recipe.data.mix:
-        if positions is not None:
-            raise ValueError(
-                "pretrain.share and pretrain.complete_only choose samples of one dataset: give no data.mix"
-            )
-        others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
-        dataset = MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()])
+    dataset, positions = _open(data, recipe, modalities)
     collator = Collator(modalities, views=2, seed=config.seed, cross=tuple(recipe.objective.cross))
     loader = train_loader(dataset, collator, recipe.data, config, positions)
     about = describe_checkpoint(recipe, "pretrain", manifest)
@@ -77,9 +71,8 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
     engine = Engine(task, filled, device, config.weight_decay)
-    validator = None
-    if config.eval_every and val:
-        validator = Validator(engine, val, collator, config, run, total_steps(loader, config))
+    total = total_steps(loader, config)
+    validator = Validator(engine, val, collator, config, run, total) if config.eval_every and val else None
     finished = train(
         engine,
         loader,
@@ -87,9 +80,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         run,
         resuming=resuming,
         about=about,
-        begin=validator.begin if validator else None,
-        after_step=validator.after_step if validator else None,
-        score=validator.score if validator else None,
+        validation=validator,
         useful=None if config.cache else Useful(recipe, manifest.modalities),  # it counts encoders that do not run
         watch_collapse=True,
     )
@@ -98,6 +89,20 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     if not joined:
         distributed.shutdown()
     return finished
+
+
+def _open(
+    data: Path, recipe: Recipe, modalities: dict[str, Modality[Any, Any]]
+) -> tuple[GoldDataset | MixedDataset, np.ndarray | None]:
+    """What is trained on, and the positions of it that are used (None = all)."""
+    dataset = open_split(data, "train", modalities, recipe.data)
+    positions = choose_samples(dataset, recipe.pretrain)
+    if not recipe.data.mix:
+        return dataset, positions
+    if positions is not None:
+        raise ValueError("pretrain.share and pretrain.complete_only choose samples of one dataset: give no data.mix")
+    others = [open_split(path, "train", modalities, recipe.data) for path in recipe.data.mix]
+    return MixedDataset([dataset, *others], [1.0, *recipe.data.mix.values()]), None
 
 
 def _cached(

@@ -140,10 +140,15 @@ def test_a_run_is_finished_only_where_no_signal_ended_it(tmp_path: Path, signall
     run = tmp_path / "run"
     run.mkdir()
 
-    def after_step(step: int) -> bool:
-        if signalled and step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return False
+    class SignalAtStep2:
+        def begin(self, step: int) -> None: ...
 
-    assert train(Engine(), loader, config, run, resuming=False, after_step=after_step) is not signalled  # type: ignore[arg-type]
+        def score(self, step: int) -> None: ...
+
+        def after_step(self, step: int) -> bool:
+            if signalled and step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    assert train(Engine(), loader, config, run, resuming=False, validation=SignalAtStep2()) is not signalled  # type: ignore[arg-type]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == (2 if signalled else 4)
