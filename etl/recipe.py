@@ -132,6 +132,8 @@ class Split(Strict):
         train, val, test: shares of the groups, not of the samples.
         stratify: cut these shares within each label.
         time: cut by time instead; needs a source with times.
+        unlabelled: ``train`` = groups without any label are all train: they can only teach, not judge. The others are
+            split as they would be anyway, so that nothing of a group that is judged on is trained on.
         near_duplicates: groups with texts of at least this Jaccard similarity share a split.
     """
 
@@ -140,6 +142,7 @@ class Split(Strict):
     val: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.1, ge=0, lt=1)
     stratify: bool = False
+    unlabelled: Literal["split", "train"] = "split"
     time: TimeCut | None = None
     near_duplicates: float | None = Field(default=None, gt=0.3, le=1)
 
@@ -153,8 +156,8 @@ class Split(Strict):
         total = self.train + self.val + self.test
         if abs(total - 1) > 1e-6:
             raise ValueError(f"train + val + test is {total:g}, must be 1")
-        fields = type(self).model_fields
-        unused = [name for name in ("train", "val", "test", "stratify") if getattr(self, name) != fields[name].default]
+        fields, chosen = type(self).model_fields, ("train", "val", "test", "stratify", "unlabelled")
+        unused = [name for name in chosen if getattr(self, name) != fields[name].default]
         if self.time and unused:
             raise ValueError(f"time cuts by time: leave out {', '.join(unused)}")
         return self
@@ -209,6 +212,8 @@ class Recipe(Strict):
             raise ValueError("split.time cuts by time: name a column in source.time")
         if self.split.stratify and isinstance(self.source, TableSource) and self.source.target != "class":
             raise ValueError(f"split.stratify cuts within each class: source.target is {self.source.target}")
+        if self.split.unlabelled == "train" and isinstance(self.source, TableSource) and self.source.target != "class":
+            raise ValueError(f"split.unlabelled looks for a class: source.target is {self.source.target}")
         return self
 
     def _check_source(self, modality: Modality) -> None:

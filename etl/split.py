@@ -7,6 +7,9 @@
 * ``time``: a group goes by its latest sample: train ends before ``val``, val before ``test``. Nothing in train is from
   the future of what is evaluated on. A group without any time is in no split.
 
+With ``unlabelled: train`` a group without any label is train, whatever the first two rules say; they are asked about the
+other groups as before, which stay where they are.
+
 A group is what the source says, merged over near-duplicate texts where the recipe asks for it (`etl.near`).
 """
 
@@ -37,6 +40,8 @@ def rule(split: Split, group: str) -> dict[str, Any]:
         made |= {"time": [split.time.val, split.time.test]}
     else:
         made |= {"hash": f"md5_number(salt || ':' || group) % {BUCKETS}", "bounds": list(bounds(split))}
+    if split.unlabelled == "train":
+        made |= {"unlabelled": "train"}
     if split.near_duplicates:
         made |= {"near_duplicates": split.near_duplicates}
     return made
@@ -63,14 +68,14 @@ def select(rule: Mapping[str, Any], samples: str) -> str:
         latest = f"max(time) over (partition by {group})"
         return f"select row_id, {_cases(latest, val, test)} as split from {samples}"
     if rule["method"] == "hash":
-        return f"select row_id, {_by_hash(rule)} as split from {samples}"
+        return f"select row_id, {_unless_unlabelled(rule, _by_hash(rule))} as split from {samples}"
     train, val = rule["bounds"]
     return f"""with counted as (select {group} as g, label, count(*) as n from {samples} group by all),
         strata as (select g, label, {_hash(rule, "g")} as hashed from counted
             qualify row_number() over (partition by g order by n desc, label nulls last) = 1),
         placed as (select g, {BUCKETS} * (row_number() over (partition by label order by hashed, g) - 0.5)
             / count(*) over (partition by label) as place from strata)
-        select row_id, {_cases("place", train, val)} as split from {samples} join placed on g = {group}"""
+        select row_id, {_unless_unlabelled(rule, _cases("place", train, val))} as split from {samples} join placed on g = {group}"""
 
 
 def _group(rule: Mapping[str, Any]) -> str:
@@ -79,6 +84,13 @@ def _group(rule: Mapping[str, Any]) -> str:
 
 def _by_hash(rule: Mapping[str, Any]) -> str:
     return _cases(digest_modulo(f"{literal(rule['salt'] + ':')} || {_group(rule)}", BUCKETS), *rule["bounds"])
+
+
+def _unless_unlabelled(rule: Mapping[str, Any], value: str) -> str:
+    """Train for a group without any label where the rule says so; else what ``value`` says."""
+    if "unlabelled" not in rule:
+        return value
+    return f"case when max(label) over (partition by {_group(rule)}) is null then 'train' else {value} end"
 
 
 def digest_modulo(text: str, n: int) -> str:
@@ -99,7 +111,7 @@ def _cases(value: str, val: float, test: float) -> str:
 def assign(con: "DuckDBPyConnection", split: Split, group: str) -> dict[str, int]:
     """Give every row of ``samples`` its ``split``; returns what was merged or left out, for the counts.
 
-    A hash needs one row to tell its split: ``samples`` becomes a view, and no table is written or updated.
+    A hash alone needs one row to tell its split: ``samples`` becomes a view, and no table is written or updated.
 
     Raises:
         ValueError: a time split of a source without times, or a merged group that is too large.
@@ -114,7 +126,7 @@ def assign(con: "DuckDBPyConnection", split: Split, group: str) -> dict[str, int
         raise ValueError("split.time: the source gives no time; name a column in source.time")
     made = rule(split, group)
     con.execute("alter table samples rename to whole")
-    if split.method == "hash":
+    if split.method == "hash" and "unlabelled" not in made:
         con.execute(f"create view samples as select *, {_by_hash(made)} as split from whole")
         return counts
     con.execute(

@@ -42,6 +42,7 @@ from lanistr.training.durable import write_durably
 
 logger = logging.getLogger(__name__)
 BATCH = 64
+ORIGIN = ("_name_or_path", "transformers_version")  # of a configuration: where it comes from
 CODE = ("batch.py", "transforms.py", "modalities/*.py", "ops/*.py", "model/lanistr.py", "training/features.py")
 
 
@@ -122,6 +123,7 @@ def identify(
         "format": FORMAT,
         "data": manifest.content_id,
         "weights": {name: hash_weights(task.model.encoder(name).encoder) for name in names},
+        "architecture": {name: _hash_architecture(task.model.encoder(name).encoder) for name in names},
         "transform": {name: _hash_transform(manifest, train.modalities[name]) for name in names},
         "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
         "dtype": config.precision,
@@ -142,8 +144,19 @@ def hash_weights(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _hash_architecture(module: torch.nn.Module) -> str | None:
+    """Of what a published model's own configuration says beside its weights: heads, activation, epsilon."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return None
+    described = {key: value for key, value in config.to_dict().items() if key not in ORIGIN}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _hash_transform(manifest: Manifest, modality: Modality[Any, Any]) -> str:
-    described = [manifest.modalities[modality.name].model_dump(mode="json"), modality.block]
+    """Of what a sample goes through before the encoder. Where its weights lay does not matter: they are hashed."""
+    block = {key: value for key, value in modality.block.items() if key != "pretrained"}
+    described = [manifest.modalities[modality.name].model_dump(mode="json"), block]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -86,6 +86,17 @@ def test_stratified_split_is_that_of_plain_python_and_group_safe(rows: Rows) -> 
     assert {group: {split} for group, split in naive_stratified(rows, split).items()} == groups(rows, found)
 
 
+@pytest.mark.parametrize("stratify", [False, True])
+@settings(max_examples=25, deadline=None)
+@given(rows=rows_of)
+def test_unlabelled_groups_are_train_and_all_others_stay_where_they_were(stratify: bool, rows: Rows) -> None:
+    shares = {"train": 0.4, "val": 0.3, "test": 0.3, "stratify": stratify}
+    before = splits(rows, Split.model_validate(shares))
+    found = splits(rows, Split.model_validate(shares | {"unlabelled": "train"}))
+    labelled = {group for _, group, label, _ in rows if label is not None}
+    assert found == {row: before[row] if group in labelled else "train" for row, group, _, _ in rows}
+
+
 def test_stratified_shares_are_exact_and_a_new_group_moves_few() -> None:
     rows: Rows = [(f"r{i}", f"g{i}", "rare" if i < 40 else "common", None) for i in range(1000)]
     split = Split(stratify=True)
@@ -112,6 +123,8 @@ def test_time_split_lets_nothing_of_the_future_into_train(rows: Rows) -> None:
     ("split", "message"),
     [
         ({"time": {"val": "2016-01-01", "test": "2017-01-01"}, "stratify": True}, "leave out stratify"),
+        ({"time": {"val": 1, "test": 2}, "unlabelled": "train"}, "leave out unlabelled"),
+        ({"unlabelled": "val"}, "'split' or 'train'"),
         ({"time": {"val": 2, "test": 1}}, "val starts after test"),
         ({"time": {"val": "soon", "test": 1}}, "isoformat"),
         ({"near_duplicates": 0.1}, "near_duplicates"),
@@ -231,6 +244,28 @@ def test_a_time_split_of_reviews_cuts_at_the_date_and_verify_proves_it(tmp_path:
     assert manifest.counts["without a time, in no split"] == 1
     assert [manifest.n(split) for split in ("train", "val", "test")] == [120, 40, 40]
     assert any(line.startswith("split: the rule (time)") for line in verify(gold, deep=True))
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_a_build_trains_on_all_that_is_unlabelled_and_verify_proves_it(stratify: bool, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"i{i}", "group": f"g{i // 2}", "size": i, "label": "ab"[i // 4 % 2] if i < 200 and not i % 2 else None}
+        for i in range(600)
+    ]  # every group of the first 100 has one sample with and one without a label; no other has a label
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tree = {
+        "name": "part",
+        "source": {"kind": "table", "main": "t.jsonl", "id": "id", "group": "group", "label": "label"},
+        "tabular": {"numeric": ["size"]},
+        "split": {"train": 0.5, "val": 0.2, "test": 0.3, "stratify": stratify, "unlabelled": "train"},
+    }
+    gold = build(recipes.Recipe.model_validate(tree), tmp_path, tmp_path / "lake")
+    manifest = Manifest.load(gold)
+    assert manifest.split_rule["unlabelled"] == "train"
+    held_out = manifest.n("val") + manifest.n("test")
+    assert 0 < held_out <= 200
+    assert manifest.n("train") == 600 - held_out
+    assert any(line.startswith("split: the rule (") for line in verify(gold, deep=True))
 
 
 def test_a_time_split_needs_a_source_with_times() -> None:

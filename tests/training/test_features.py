@@ -158,6 +158,28 @@ def test_a_finished_cache_is_used_again_and_a_stale_one_refused_naming_both(
     refused(Run(gold, tmp_path / "g", cache=shared), "code")
 
 
+def test_folders_of_the_same_published_weights_share_a_cache_and_other_weights_are_refused(tmp_path: Path) -> None:
+    gold, shared = write(tmp_path), str(tmp_path / "shared")
+    bert = make_task(recipe_with(), Manifest.load(gold), "cpu").model.encoder("text").encoder
+    folders = {name: tmp_path / name for name in ("here", "there", "other")}
+    for name, folder in folders.items():
+        if name == "other":
+            with torch.no_grad():
+                next(bert.parameters()).mul_(1.01)
+        bert.save_pretrained(folder)
+
+    def run(name: str) -> Run:
+        recipe = recipe_with(model__modalities__text__pretrained=str(folders[name]))
+        return Run(gold, tmp_path / f"run-{name}", recipe, cache=shared, freeze=["text"])
+
+    run("here").cached()
+    written = (tmp_path / "shared" / CACHE).stat().st_mtime_ns
+    run("there").cached()
+    assert (tmp_path / "shared" / CACHE).stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="it was made with weights"):
+        run("other").cached()
+
+
 def test_a_cache_in_the_run_folder_holds_the_samples_in_use_and_a_shared_one_all_labelled(tmp_path: Path) -> None:
     gold = write(tmp_path)
     own = Run(gold, tmp_path / "run")
