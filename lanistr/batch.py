@@ -166,38 +166,40 @@ def make_layout(lengths: Sequence[int] | np.ndarray) -> Layout:
     """The layout of packed sequences with these lengths (each at least 1)."""
     lengths_S = np.asarray(lengths, dtype=np.int64)
     assert lengths_S.ndim == 1, lengths_S.shape
-    assert lengths_S.min(initial=0 if not len(lengths_S) else 1) > 0, "a packed sequence has at least one row"
-    starts_S = np.concatenate([[0], np.cumsum(lengths_S)])
-    positions_T = _ranges(np.zeros_like(lengths_S), lengths_S)
+    ends_S = lengths_S.cumsum()
+    starts_S = ends_S - lengths_S
     order, sizes = _split_by_length(lengths_S)
     ordered = lengths_S[order]
-    widths = ordered[np.cumsum(sizes) - 1]
-    width_S = np.repeat(widths, sizes)
-    first_slot_S = np.empty_like(lengths_S)
-    first_slot_S[order] = np.cumsum(width_S) - width_S
-    row_G = _ranges(starts_S[order], width_S)
+    assert ordered[0] > 0, "a packed sequence has at least one row"
+    widths = ordered[np.array(sizes).cumsum() - 1]
+    width_S = widths.repeat(sizes)
+    ordered_starts_S, slots_S = starts_S[order], width_S.cumsum()
+    ahead_S = np.empty_like(lengths_S)  # the first slot of each sequence, less its first row
+    ahead_S[order] = slots_S - width_S - ordered_starts_S
+    row_T = np.arange(ends_S[-1])
+    row_G = _ranges(ordered_starts_S, width_S)
     padding_S = width_S - ordered
-    padding = _ranges(first_slot_S[order] + ordered, padding_S)
-    row_G[padding] = np.repeat(starts_S[order], padding_S)
+    padding = _ranges(slots_S - padding_S, padding_S)
+    row_G[padding] = ordered_starts_S.repeat(padding_S)
     bias_G = np.zeros(len(row_G), dtype=np.float32)
     bias_G[padding] = -np.inf
-    slot_T = np.repeat(first_slot_S, lengths_S)
-    slot_T += positions_T
+    cu_seqlens = np.zeros(len(ends_S) + 1, dtype=np.int32)
+    cu_seqlens[1:] = ends_S
     return Layout(
-        cu_seqlens=torch.from_numpy(starts_S.astype(np.int32)),
-        max_seqlen=int(ordered[-1]),
-        positions_T=torch.from_numpy(positions_T),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(widths[-1]),
+        positions_T=torch.from_numpy(row_T - starts_S.repeat(lengths_S)),
         row_G=torch.from_numpy(row_G),
         bias_G=torch.from_numpy(bias_G),
-        slot_T=torch.from_numpy(slot_T),
+        slot_T=torch.from_numpy(row_T + ahead_S.repeat(lengths_S)),
         buckets=tuple(zip(sizes, widths.tolist(), strict=True)),
     )
 
 
 def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """``first, first + 1, ...`` of each range, one range after the other."""
-    ends = np.cumsum(counts)
-    found = np.repeat(firsts - (ends - counts), counts)
+    ends = counts.cumsum()
+    found = (firsts - (ends - counts)).repeat(counts)
     found += np.arange(len(found))
     return found
 
@@ -208,7 +210,7 @@ def _split_by_length(lengths_S: np.ndarray) -> tuple[np.ndarray, list[int]]:
     Cuts are where the jump in length saves most padded slots. One that saves fewer than `MIN_SAVING` slots costs more in
     calls than it saves in work.
     """
-    order = np.argsort(lengths_S, kind="stable")
+    order = lengths_S.argsort(kind="stable")
     ordered = lengths_S[order]
     cuts = [_best_cut(ordered, 0, len(ordered))]
     while len(cuts) < MAX_BUCKETS:
@@ -262,36 +264,35 @@ def make_fusion_index(
         absent_tokens: per modality, whether a learnt token stands in for it where a sample lacks it; none = nowhere.
         pool_views: in the pool, of which ``views`` are assembled; None = as many.
     """
-    sources, pool_M = 1 + len(rows), np.asarray(pool_sizes)
-    counts_R = np.concatenate(token_counts).astype(np.int64)
-    modality_R = np.repeat(np.arange(len(rows)), [len(sample_of) for sample_of in rows])
-    slot_R = np.concatenate(rows) * sources + 1 + modality_R
-    sizes_S = np.bincount(slot_R, counts_R, len(weights_B) * sources).astype(np.int64)
-    sizes_S[::sources] = 1  # [CLS], row 0 of the pool
-    start_M = 1 + (pool_views or views) * (np.cumsum(pool_M) - pool_M)
-    within_R = np.concatenate([np.cumsum(counts) - counts for counts in token_counts]).astype(np.int64)
-    first_VR = (start_M[modality_R] + within_R) + np.arange(views)[:, None] * pool_M[modality_R]
-    first_VS = np.zeros((views, len(sizes_S)), dtype=np.int64)
-    # Rows of a sample are neighbours in the pool: the first one, written last, tells where all of them are.
-    first_VS[:, slot_R[::-1]] = first_VR[:, ::-1]
-    absent_S = np.zeros(len(sizes_S), dtype=bool)
-    for token, modality in enumerate(np.flatnonzero(absent_tokens)):  # behind the tokens of all modalities in the pool
-        lacking = np.arange(1 + modality, len(sizes_S), sources)
-        lacking = lacking[sizes_S[lacking] == 0]
-        absent_S[lacking], sizes_S[lacking], first_VS[:, lacking] = True, 1, 1 + views * pool_M.sum() + token
-    gather_T = _ranges(first_VS.ravel(), np.tile(sizes_S, views))
-    per_sample = sizes_S.reshape(-1, sources).sum(1)
-    layout = make_layout(np.tile(per_sample, views))
-    # A learnt token is no content of its modality: it belongs to [CLS], with weight 0.
-    slots_S = np.where(absent_S, np.arange(len(sizes_S)) // sources * sources, np.arange(len(sizes_S)))
-    weights_S = np.where(absent_S, 0, 1 / np.maximum(sizes_S, 1)).astype(np.float32)
+    sources, size = 1 + len(rows), len(weights_B)
+    sizes_BS = np.zeros((size, sources), dtype=np.int64)
+    sizes_BS[:, 0] = 1  # [CLS], row 0 of the pool
+    first_VBS = np.zeros((views, size, sources), dtype=np.int64)
+    end = 1
+    for source, (counts, sample_of, pool) in enumerate(zip(token_counts, rows, pool_sizes, strict=True), 1):
+        sizes_BS[:, source] = np.bincount(sample_of, counts, size)
+        # Rows of a sample are neighbours in the pool: the first one, written last, tells where all of them are.
+        first = (end + counts.cumsum() - counts)[::-1]
+        for view in range(views):
+            first_VBS[view, sample_of[::-1], source] = first + view * pool
+        end += (pool_views or views) * pool
+    sizes_S = sizes_BS.reshape(-1)
+    slots_S, slot_weights_S = np.arange(len(sizes_S)), (1 / sizes_S.clip(1)).astype(np.float32)
+    for token, source in enumerate(1 + np.flatnonzero(absent_tokens)):
+        lacking_B = sizes_BS[:, source] == 0
+        sizes_BS[lacking_B, source], first_VBS[:, lacking_B, source] = 1, end + token  # behind all others in the pool
+        # A learnt token is no content of its modality: it belongs to [CLS], with weight 0.
+        lacking = lacking_B.nonzero()[0] * sources
+        slots_S[lacking + source], slot_weights_S[lacking + source] = lacking, 0
+    tokens_B = sizes_BS.sum(1)
+    sizes_VS, tokens_VB = np.concatenate([sizes_S] * views), np.concatenate([tokens_B] * views)
     return FusionIndex(
-        gather_T=torch.from_numpy(gather_T),
-        layout=layout,
-        cls_S=layout.cu_seqlens[:-1].long(),
-        token_weight_T=torch.from_numpy(np.repeat((weights_B / per_sample).astype(np.float32), per_sample)),
-        slot_T=torch.from_numpy(np.repeat(slots_S, sizes_S)),
-        slot_weight_T=torch.from_numpy(np.repeat(weights_S, sizes_S)),
+        gather_T=torch.from_numpy(_ranges(first_VBS.reshape(-1), sizes_VS)),
+        layout=make_layout(tokens_VB),
+        cls_S=torch.from_numpy(tokens_VB.cumsum() - tokens_VB),
+        token_weight_T=torch.from_numpy((weights_B / tokens_B).astype(np.float32).repeat(tokens_B)),
+        slot_T=torch.from_numpy(slots_S.repeat(sizes_S)),
+        slot_weight_T=torch.from_numpy(slot_weights_S.repeat(sizes_S)),
     )
 
 

@@ -60,20 +60,20 @@ class Collator:
         tokens, rows, pools = [], [], []
         for name, modality in self.modalities.items():
             items = _find_items(name, modality, samples)
-            present = [i for i, _, _ in items]
+            present = np.array([i for i, _, _ in items], dtype=np.int64)
             collated = self._collate(name, modality, samples, items, weights_B[present], epoch)
             inputs[name] = collated.inputs
             counts[modality.term] = counts.get(modality.term, 0.0) + collated.count
             pools.append(int(collated.token_counts.sum()))
-            tokens.append(collated.token_counts if present else np.zeros(0, dtype=np.int64))
-            rows.append(np.array(present, dtype=np.int64))
+            tokens.append(collated.token_counts if items else present)
+            rows.append(present)
         absent = [modality.absent_token for modality in self.modalities.values()]
         labels = np.array([sample.label for sample in samples], dtype=np.int64)
         if self.views == 1:
             labelled = (labels >= 0) & (weights_B > 0)
             counts = {"cls": float(labelled.sum())}
             for name, of in zip(self.modalities, rows, strict=True):
-                has_B = np.zeros_like(labelled)
+                has_B = np.zeros(len(samples), dtype=bool)
                 has_B[of] = True
                 counts[f"cls_{name}"] = float((labelled & has_B).sum())
         sources = {name: i for i, name in enumerate(self.modalities) if name in self.cross}

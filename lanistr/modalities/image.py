@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from lanistr.config import ModalityConfig
 from lanistr.manifest import ModalitySchema
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext, address, stack
+from lanistr.modalities.base import (
+    NO_ROWS,
+    NO_WEIGHTS,
+    Collated,
+    Modality,
+    ModalityEncoder,
+    RawContext,
+    address,
+    stack,
+)
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.raw import read_image_file
 from lanistr.transforms import MEMBERS, ImageSpec, encode_image
@@ -150,14 +159,15 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         self, members: Sequence[Mapping[str, bytes]], rngs: Iterable[np.random.Generator] | None = None
     ) -> list[np.ndarray | ValueError]:
         """As `Modality.decode_batch`, into the rows of one array: `collate` need not copy them together."""
-        rows_nHWC = _rows(len(members), self.config.size)
+        size = self.config.size
+        # All headers first: between two decodings, each would be read with caches full of pixels, thrice as slowly.
+        fit = [rngs is None and _is_square(own["jpg"], size) for own in members]
         found: list[np.ndarray | ValueError] = []
-        for row_HWC, own, rng in zip(rows_nHWC, members, rngs or itertools.repeat(None), strict=rngs is not None):
+        rows_nHWC, strict = _rows(len(members), size), rngs is not None
+        for row_HWC, own, fits, rng in zip(rows_nHWC, members, fit, rngs or itertools.repeat(None), strict=strict):
             try:
-                if rng is not None:
-                    row_HWC[:] = self.decode_augmented(own, rng)
-                elif not _decode_into(own["jpg"], row_HWC):
-                    row_HWC[:] = self.decode(own)
+                if not (fits and _decode_into(own["jpg"], row_HWC)):
+                    row_HWC[:] = self.decode(own) if rng is None else self.decode_augmented(own, rng)
                 found.append(row_HWC)
             except ValueError as error:
                 found.append(error)
@@ -191,8 +201,7 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         patches = self._count(contents[0])
         tokens = np.full(len(contents), patches + 1)
         if masks is None:
-            nothing = torch.zeros(0, dtype=torch.int64)
-            return Collated(ImageInput(torch.from_numpy(pixels_nHWC), None, nothing, torch.zeros(0)), tokens, 0.0)
+            return Collated(ImageInput(torch.from_numpy(pixels_nHWC), None, NO_ROWS, NO_WEIGHTS), tokens, 0.0)
         mask_nP = np.stack(masks)
         masked_M = np.flatnonzero(mask_nP)
         weights_M = np.asarray(weights, dtype=np.float32)[masked_M // patches]
@@ -248,16 +257,22 @@ def _rows(count: int, size: int) -> np.ndarray:
     return room[begin : room.size - 32 + begin].reshape(count, size, size, 3)
 
 
-def _decode_into(data: bytes, row_HWC: np.ndarray) -> bool:
-    """Decode an image of just the row's size, if simplejpeg is there and takes it."""
+def _is_square(data: bytes, size: int) -> bool:
+    """Whether simplejpeg is there, takes the image, and finds it ``size`` pixels wide and high."""
     fast = _simplejpeg()
     if not fast:
         return False
     try:
         height, width, space, _ = fast.decode_jpeg_header(data)
-        if (height, width) != row_HWC.shape[:2] or space not in ("YCbCr", "Gray"):
-            return False
-        fast.decode_jpeg(data, buffer=row_HWC)
+    except ValueError:  # Pillow has the last word on what is broken
+        return False
+    return height == width == size and space in ("YCbCr", "Gray")
+
+
+def _decode_into(data: bytes, row_HWC: np.ndarray) -> bool:
+    """Decode an image of just the row's size by simplejpeg; False = it is broken."""
+    try:
+        _simplejpeg().decode_jpeg(data, buffer=row_HWC)
     except ValueError:  # Pillow has the last word on what is broken
         return False
     return True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lanistr.manifest import ModalitySchema
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
+from lanistr.modalities.base import NO_WEIGHTS, Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import match_rows
 from lanistr.modalities.tabnet import MFMHead, TabNet, TabularConfig
 from lanistr.raw import read_row
@@ -178,8 +178,7 @@ class TabularModality(Modality[Row, TabularInput]):
         # Statistics need two rows, all of them real.
         batch_statistics = self.config.norm == "batch" and len(contents) > 1 and min(weights) > 0
         if masks is None:
-            nothing = torch.zeros(0)
-            return Collated(TabularInput(numeric, categories, None, nothing, batch_statistics), tokens, 0.0)
+            return Collated(TabularInput(numeric, categories, None, NO_WEIGHTS, batch_statistics), tokens, 0.0)
         mask_NK = np.array(masks)
         predicted_NK = mask_NK & np.array([c.observed_K for c in contents])
         weights_NK = predicted_NK * np.asarray(weights, dtype=np.float32)[:, None]

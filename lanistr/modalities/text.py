@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lanistr.batch import Layout, make_layout
 from lanistr.config import ModalityConfig
 from lanistr.manifest import ModalitySchema
-from lanistr.modalities.base import Collated, Modality, ModalityEncoder, RawContext
+from lanistr.modalities.base import NO_ROWS, NO_WEIGHTS, Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import load_pretrained, published_sizes
 from lanistr.ops.attention import attention
 from lanistr.ops.masked_ce import linear_cross_entropy
@@ -195,11 +195,12 @@ class TextModality(Modality[np.ndarray, TextInput]):
         enter = self.config.fusion_tokens
         tokens = lengths if enter == "all" else np.ones_like(lengths)
         first_S = layout.cu_seqlens[:-1].long() if enter == "cls" else None
-        sequences = np.arange(len(lengths) if masks is None else 2 * len(lengths))
-        sequence_T = torch.from_numpy(sequences.repeat(layout.cu_seqlens.diff())) if enter == "mean" else None
+        sequence_T = None
+        if enter == "mean":
+            sequences = np.arange(len(lengths) if masks is None else 2 * len(lengths))
+            sequence_T = torch.from_numpy(sequences.repeat(layout.cu_seqlens.diff()))
         if masks is None:
-            nothing = torch.zeros(0, dtype=torch.int64)
-            inputs = TextInput(torch.from_numpy(clean), layout, first_S, sequence_T, nothing, nothing, torch.zeros(0))
+            inputs = TextInput(torch.from_numpy(clean), layout, first_S, sequence_T, NO_ROWS, NO_ROWS, NO_WEIGHTS)
             return Collated(inputs, tokens, 0.0)
         replaced = np.concatenate(masks)
         positions = np.flatnonzero(replaced != KEPT)

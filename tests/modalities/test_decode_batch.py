@@ -107,3 +107,11 @@ def test_rows_of_several_arrays_are_copied() -> None:
     first, second = np.zeros((2, 3)), np.ones((2, 3))
     assert np.array_equal(stack([first[0], second[0], first[1]]), [[0] * 3, [1] * 3, [0] * 3])
     assert np.array_equal(stack([np.zeros(3), np.ones(3)]), [[0] * 3, [1] * 3])
+
+
+def test_rows_that_nobody_may_write_are_copied() -> None:
+    array = np.arange(6).reshape(2, 3)
+    array.flags.writeable = False
+    found = stack(list(array))
+    assert np.array_equal(found, array)
+    assert found.flags.writeable
