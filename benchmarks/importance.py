@@ -1,9 +1,10 @@
 """Does importance find what was planted, and do its intervals hold? On shops that the demo's generator makes anew.
 
-``python benchmarks/importance.py --from RUN --data GOLD --sets 20 --out results.json``. RUN is a pretraining run on GOLD (the
-demo). Each set is another shop, built with GOLD's tokenizer and fit, and measured twice on the same labelled samples: with
-the run's embeddings, and with the planted factors in their place, as an encoder would see them that reads all of them. What
-the second has and the first has not is the encoder's doing, not the method's.
+``python benchmarks/importance.py --from RUN --data GOLD --sets 20 --labels 200 500 --out results.json``. RUN is a pretraining
+run on GOLD (the demo). Each set is another shop, built with GOLD's tokenizer and fit, and measured with each number of labels
+as `lanistr.evaluation.importance` measures it, and with the least of them once more with the planted factors in the place of
+all that is read from texts, images and series: what that has and the first has not is a matter of reading, what neither has
+is a matter of the probe and the labels. The result file grows set by set.
 
 An interval of a Shapley value is right where it holds the value expected of other samples of that number: the mean over the
 sets.
@@ -14,7 +15,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from etl.build import build
 from etl.sources import synthetic
 from lanistr.config import load_recipe
 from lanistr.data.reader import open_split
-from lanistr.evaluation.importance import Material, gather, measure
+from lanistr.evaluation.importance import measure
+from lanistr.evaluation.material import Material, gather
 from lanistr.evaluation.shapley import interactions, shapley_values
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
@@ -83,8 +85,8 @@ def make_set(folder: Path, like: Path, samples: int, seed: int) -> Path:
     return build(recipe, folder / "raw", folder / "lake")
 
 
-def materials(run: Path, gold: Path, samples: int, labels: int, seed: int) -> dict[str, Material]:
-    """What the probe sees of one set: with the run's embeddings, and with the planted factors."""
+def materials(run: Path, gold: Path, samples: int, labels: int, seed: int) -> tuple[Material, Material]:
+    """What the probe sees of one set: as it is, and with the planted factors."""
     recipe = load_recipe(str(run / "recipe.yaml"))
     modalities = make_modalities(Manifest.load(gold), recipe.model.modalities)
     dataset = open_split(gold, "train", modalities, recipe.data)
@@ -100,7 +102,7 @@ def materials(run: Path, gold: Path, samples: int, labels: int, seed: int) -> di
     features = {name: hot[factor] for name, factor in OF.items()}
     features["text"] = np.concatenate([hot["text"], hot["mood"]], axis=1)
     features["tabular"] = np.zeros((len(positions), 1))  # the columns say it all
-    return {"embeddings": embedded, "planted factors": replace(embedded, features=features)}
+    return embedded, replace(embedded, features=features, plain={})
 
 
 def summarise(arm: str, labels: int, found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -123,8 +125,10 @@ def summarise(arm: str, labels: int, found: list[dict[str, Any]], seconds: float
         "planted_order": _order(planted),
         "mean_order": sorted(OF, key=lambda m: -np.mean([row["value"] for row in shapley[m]])),
         "text_then_tabular_then_the_others": float(np.mean([order[:2] == ["text", "tabular"] for order in orders])),
+        "order_told": _told(found, planted),
         "columns": {c: _spread(rows) for c, rows in columns.items()},
         "mean_column_order": sorted(columns, key=lambda c: -np.mean([row["value"] for row in columns[c]])),
+        "informative_columns_above_all_null_ones": float(np.mean([_informative_first(one) for one in column_orders])),
         "last_column_is_null": float(np.mean([order[-1] in NULL_COLUMNS for order in column_orders])),
         "noise_column_interval_holds_zero": float(
             np.mean([_holds(row, 0.0) for row in columns["warehouse_temperature"]])
@@ -136,6 +140,19 @@ def summarise(arm: str, labels: int, found: list[dict[str, Any]], seconds: float
         "text_weight_found": float(np.mean([["text", "tabular/weight_kg"] in pairs for pairs in finds])),
         "other_pairs_found": [p for pairs in finds for p in pairs if p != ["text", "tabular/weight_kg"]],
     }
+
+
+def _told(found: list[dict[str, Any]], planted: Mapping[str, Any]) -> dict[str, Any]:
+    """How often the tool says which of two modalities is worth more, and how often that is so; not of the two equal ones."""
+    rows = [row for one in found for row in one["order"] if not {"image", "timeseries"} >= set(row["pair"])]
+    right = [float(planted[row["pair"][0]]) > float(planted[row["pair"][1]]) for row in rows]
+    told = [ok for ok, row in zip(right, rows, strict=True) if row["told"]]
+    return {"asked": len(rows), "told": len(told), "told_right": sum(told), "all_right": sum(right)}
+
+
+def _informative_first(order: list[str]) -> bool:
+    """Whether supplier and weight come before every column that is independent of the label."""
+    return max(order.index(c) for c in ("supplier", "weight_kg")) < min(order.index(c) for c in NULL_COLUMNS)
 
 
 def _collect(found: list[dict[str, Any]], table: str, key: str, name: str) -> list[dict[str, Any]]:
@@ -173,30 +190,40 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the demo's gold dataset")
     parser.add_argument("--sets", type=int, default=20, help="at least 2")
     parser.add_argument("--samples", type=int, default=1200, help="products per set")
-    parser.add_argument("--labels", type=int, default=200)
+    parser.add_argument("--labels", type=int, nargs="+", default=[200, 500])
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.sets < 2:
         parser.error("--sets: at least 2")
-    found: dict[str, list[dict[str, Any]]] = {}
-    seconds: dict[str, float] = {}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    seconds: dict[tuple[str, int], float] = {}
+    rows: list[dict[str, Any]] = []
     for number in range(arguments.sets):
-        with tempfile.TemporaryDirectory() as folder:
-            seed = 1000 + number
-            gold = make_set(Path(folder), arguments.data.resolve(), arguments.samples, seed)
-            for arm, material in materials(arguments.source, gold, arguments.samples, arguments.labels, seed).items():
-                start = time.process_time()
-                found.setdefault(arm, []).append(measure(material, arguments.draws, seed))
-                seconds[arm] = seconds.get(arm, 0.0) + time.process_time() - start
-                order = ", ".join(f"{row['modality']} {row['value']:.3f}" for row in found[arm][-1]["shapley"])
-                print(f"set {number}  {arm:<16}{order}", flush=True)
-    rows = [summarise(arm, arguments.labels, one, seconds[arm] / arguments.sets) for arm, one in found.items()]
-    write_result(arguments.out, "importance", rows)
+        for key, one, spent in measure_set(arguments, 1000 + number):
+            found.setdefault(key, []).append(one)
+            seconds[key] = seconds.get(key, 0.0) + spent
+            order = ", ".join(f"{row['modality']} {row['value']:.3f}" for row in one["shapley"])
+            print(f"set {number}  {key[0]}, {key[1]} labels: {order}", flush=True)
+        if number:
+            rows = [summarise(*key, many, seconds[key] / len(many)) for key, many in found.items()]
+            write_result(arguments.out, "importance", rows)
     for row in rows:
-        print(
-            f"{row['case']}: coverage {row['coverage']:.2f}, order {row['mean_order']}, planted {row['planted_order']}"
-        )
+        right = row["text_then_tabular_then_the_others"]
+        print(f"{row['case']}: coverage {row['coverage']:.2f}, order {row['mean_order']}, in {right:.0%} of the sets")
+
+
+def measure_set(arguments: argparse.Namespace, seed: int) -> Iterator[tuple[tuple[str, int], dict[str, Any], float]]:
+    """Arm and labels, what was measured, and CPU seconds, of one set."""
+    with tempfile.TemporaryDirectory() as folder:
+        gold = make_set(Path(folder), arguments.data.resolve(), arguments.samples, seed)
+        for labels in arguments.labels:
+            as_is, factors = materials(arguments.source, gold, arguments.samples, labels, seed)
+            arms = {"as it is": as_is, "planted factors": factors}
+            for arm in list(arms) if labels == min(arguments.labels) else ["as it is"]:
+                start = time.process_time()
+                one = measure(arms[arm], arguments.draws, seed)
+                yield (arm, labels), one, time.process_time() - start
 
 
 if __name__ == "__main__":

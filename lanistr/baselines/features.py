@@ -15,12 +15,10 @@ import numpy as np
 from lanistr.baselines import Subset
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import Sample, Several, intact, read_samples
+from lanistr.evaluation.plain import image_statistics, series_statistics
 from lanistr.modalities.tabular import Row, TabularModality
-from lanistr.modalities.timeseries import Series
 
 CHUNK = 256
-THUMBNAIL = 4  # pixels a side
-COLOURS = 3  # bins per channel of the colour histogram
 
 
 @dataclass(frozen=True)
@@ -167,29 +165,3 @@ def cardinalities(dataset: GoldDataset) -> list[int]:
     """Number of ids of each column of `Features.categories_NK`."""
     modalities = [cast(TabularModality, dataset.modalities[name]) for name in names_of(dataset, "tabular")]
     return [int(n) for modality in modalities for n in modality.cardinality]
-
-
-def image_statistics(pixels_HWC: np.ndarray) -> np.ndarray:
-    """(F,) in [0, 1].
-
-    Args:
-        pixels_HWC: uint8, at least `THUMBNAIL` pixels a side.
-    """
-    scaled = pixels_HWC.astype(np.float32) / 255
-    rows, columns = (np.array_split(np.arange(n), THUMBNAIL) for n in scaled.shape[:2])
-    thumbnail = np.array([[scaled[np.ix_(r, c)].mean((0, 1)) for c in columns] for r in rows])
-    bins = np.minimum((scaled * COLOURS).astype(np.int64), COLOURS - 1) @ np.array([COLOURS**2, COLOURS, 1])
-    histogram = np.bincount(bins.ravel(), minlength=COLOURS**3) / bins.size
-    return np.concatenate([thumbnail.ravel(), scaled.mean((0, 1)), scaled.std((0, 1)), histogram])
-
-
-def series_statistics(series: Series) -> np.ndarray:
-    """(7 V,): what a variable that was never observed had is unknown."""
-    found = []
-    for values_T, observed_T in zip(series.values_tC.T, series.observed_tC.T, strict=True):
-        known = values_T[observed_T]
-        if len(known):
-            found.append([known.mean(), known.std(), known.min(), known.max(), known[0], known[-1], observed_T.mean()])
-        else:
-            found.append([np.nan] * 6 + [0.0])
-    return np.array(found, dtype=np.float32).ravel()

@@ -3,6 +3,7 @@
 Shape suffixes: N samples (the labelled ones first, then unlabelled ones that only shape the features), F features.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,45 +15,20 @@ import numpy as np
 
 from lanistr.config import Recipe, load_recipe
 from lanistr.data.reader import GoldDataset, load_manifest, open_split
-from lanistr.data.samples import intact, read_samples
 from lanistr.describe import count_work
 from lanistr.evaluation.advice import advise
-from lanistr.evaluation.embed import embed
-from lanistr.evaluation.probe import FOLDS, Case, Probe, Truth, bootstrap, linear_kernel
+from lanistr.evaluation.material import Material, gather
+from lanistr.evaluation.probe import FOLDS, Case, Probe, bootstrap, linear_kernel
 from lanistr.evaluation.shapley import interactions, shapley_values, subsets
 from lanistr.modalities import make_modalities
-from lanistr.training.finetune import make_task
 from lanistr.training.run import read_run
-from lanistr.training.transfer import pretrained_weights, transfer
+from lanistr.training.transfer import pretrained_weights
 
 logger = logging.getLogger(__name__)
 MOST_LABELS = 2000  # kernels are (labels, labels): more take minutes per subset
 MOST_PLAYERS = 8  # 255 subsets
-SHAPING = 2000  # samples in all that shape the features
-BINS, MOST_CATEGORIES = 10, 50
 DRAWN = 500  # samples per draw of the bootstrap
 Z95 = NormalDist().inv_cdf(0.975)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What the probe sees.
-
-    Attributes:
-        features: per modality (N, F), anything where it is absent.
-        present: per modality (N,) bool.
-        cells: per modality with named parts, per name (N, F) one-hot.
-        fused: (N, F) embedding of all that is there.
-        truth: of the labelled samples, the first of the N.
-        classes: whether the target is one class.
-    """
-
-    features: dict[str, np.ndarray]
-    present: dict[str, np.ndarray]
-    cells: dict[str, dict[str, np.ndarray]]
-    fused: np.ndarray
-    truth: Truth
-    classes: bool
 
 
 def importance(run: Path, data: Path, labels: int | None, seed: int, draws: int) -> dict[str, Any]:
@@ -105,83 +81,14 @@ def _check(dataset: GoldDataset, labelled: np.ndarray) -> None:
         raise ValueError(f"{len(dataset.modalities)} modalities: 2 to {MOST_PLAYERS} can be compared")
 
 
-def gather(run: Path, recipe: Recipe, dataset: GoldDataset, labelled: np.ndarray, seed: int) -> Material:
-    """Embed the labelled samples, and unlabelled ones up to `SHAPING` in all."""
-    others = np.setdiff1d(np.arange(dataset.n), labelled)
-    rng = np.random.default_rng([seed, 2])
-    more = np.sort(rng.permutation(others)[: max(0, SHAPING - len(labelled))])
-    positions = np.concatenate([labelled, more])
-    task = make_task(recipe, dataset.manifest, "cpu")
-    transfer(task, run, dataset.modalities)
-    logger.info("embedding %d samples, %d of them labelled", len(positions), len(labelled))
-    found = embed(task.model, dataset, positions)
-    return Material(
-        features=found.modalities,
-        present=found.present,
-        cells=read_cells(dataset, positions),
-        fused=found.fused_ND,
-        truth=make_truth(dataset, labelled),
-        classes=dataset.manifest.target == "class",
-    )
-
-
-def make_truth(dataset: GoldDataset, labelled: np.ndarray) -> Truth:
-    """Of labelled samples; numbers standardised over them."""
-    groups_N = dataset.group[labelled]
-    if dataset.manifest.target == "class":
-        label_N = dataset.label[labelled]
-        values_NL = np.eye(len(dataset.manifest.labels))[label_N]
-        return Truth(values_NL, np.ones_like(values_NL, dtype=bool), groups_N, label_N)
-    values_NL = dataset.target[labelled].astype(np.float64)
-    known_NL = np.isfinite(values_NL)
-    if dataset.manifest.target == "regression":
-        deviation_L = np.nan_to_num(np.nanstd(values_NL, axis=0))
-        values_NL = (values_NL - np.nanmean(values_NL, axis=0)) / np.where(deviation_L > 0, deviation_L, 1)
-    values_NL = np.nan_to_num(values_NL)
-    edges = np.quantile(values_NL[:, 0], np.linspace(0, 1, FOLDS + 1)[1:-1])
-    return Truth(values_NL, known_NL, groups_N, np.digitize(values_NL[:, 0], edges))
-
-
-def read_cells(dataset: GoldDataset, positions: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """Per modality whose contents have named parts, each part one-hot: deciles of numbers, the most frequent categories."""
-    found = {}
-    for name, modality in dataset.modalities.items():
-        if not modality.cells(modality.example()) or modality.items > 1:
-            continue
-        own = GoldDataset(dataset.path, dataset.split, {name: modality}, store=dataset.store)
-        rows = [
-            modality.cells(sample.contents[name]) if name in sample.contents else {}
-            for sample in intact(read_samples(own, positions.tolist()))
-        ]
-        columns = modality.cells(modality.example())
-        found[name] = {c: _one_hot([row.get(c) for row in rows], isinstance(columns[c], int)) for c in columns}
-    return found
-
-
-def _one_hot(cells: Sequence[float | int | None], categories: bool) -> np.ndarray:
-    """(N, bins); a missing cell has a bin of its own, which the last one is."""
-    if categories:
-        ids_N = np.array([0 if cell is None else cell for cell in cells])
-        values, counts = np.unique(ids_N[ids_N > 0], return_counts=True)
-        kept = np.sort(values[np.argsort(-counts, kind="stable")[:MOST_CATEGORIES]])
-        bin_N = np.where(ids_N == 0, len(kept) + 1, np.searchsorted(kept, ids_N))
-        rare_N = (ids_N > 0) & ~np.isin(ids_N, kept)
-        return np.eye(len(kept) + 2)[np.where(rare_N, len(kept), bin_N)]
-    numbers_N = np.array([np.nan if cell is None else cell for cell in cells], dtype=np.float64)
-    known_N = np.isfinite(numbers_N)
-    if not known_N.any():
-        return np.zeros((len(cells), 1))
-    edges = np.unique(np.quantile(numbers_N[known_N], np.linspace(0, 1, BINS + 1)[1:-1]))
-    return np.eye(len(edges) + 2)[np.where(known_N, np.searchsorted(edges, numbers_N), len(edges) + 1)]
-
-
 @dataclass(frozen=True)
 class Game:
     """Which subsets are asked about.
 
     Attributes:
         players: the modalities.
-        sources: atoms per source, see `Probe`. ``m/c`` is column c of modality m; ``m/`` all its columns; ``m-c`` all but c.
+        sources: atoms per source, see `Probe`. ``m`` is an embedding, ``m~`` what is known without an encoder, ``m/c``
+            column c of modality m; ``m/`` all its columns; ``m-c`` all but c.
     """
 
     players: list[str]
@@ -192,7 +99,8 @@ class Game:
     def of(cls, material: Material) -> "Game":
         """All modalities, and the columns of those that have some."""
         players = list(material.features)
-        sources = {m: [m, *(f"{m}/{c}" for c in material.cells.get(m, {}))] for m in players}
+        plain = {m: [f"{m}~"] if m in material.plain else [] for m in players}
+        sources = {m: [m, *plain[m], *(f"{m}/{c}" for c in material.cells.get(m, {}))] for m in players}
         sources["fused"] = ["fused"]
         columns = [(m, c) for m, cells in material.cells.items() for c in cells]
         for m, cells in material.cells.items():
@@ -224,6 +132,8 @@ class Game:
         use_N = np.arange(len(material.truth.groups_N))
         everyone_N = np.ones(len(material.fused), dtype=bool)
         found = {m: linear_kernel(material.features[m], material.present[m], use_N, True) for m in self.players}
+        for m, plain_NF in material.plain.items():
+            found[f"{m}~"] = linear_kernel(plain_NF, material.present[m], use_N, False)
         found["fused"] = linear_kernel(material.fused, everyone_N, use_N, True)
         for m, c in self.columns:
             found[f"{m}/{c}"] = linear_kernel(material.cells[m][c], material.present[m], use_N, False)
@@ -282,6 +192,7 @@ def measure(material: Material, draws: int, seed: int) -> dict[str, Any]:
         ],
         "fused": values.difference([("fused",)], []),
         "shapley": _shapley(values, game.players),
+        "order": _order(values, game.players),
         "pairs": _pairs(values, game.players),
         "columns": _columns(values, game),
         "column_pairs": _column_pairs(values, game),
@@ -305,6 +216,17 @@ def _shapley(values: Values, players: Sequence[str]) -> list[dict[str, Any]]:
     one, many = (shapley_values(game, players) for game in _games(values, players))
     rows = [{"modality": p, **values.figure(float(one[p]), np.asarray(many[p]))} for p in players]
     return sorted(rows, key=lambda row: -row["value"])
+
+
+def _order(values: Values, players: Sequence[str]) -> list[dict[str, Any]]:
+    """Each modality less the one that follows it; their order is told only where the interval is above zero."""
+    one, many = (shapley_values(game, players) for game in _games(values, players))
+    ranked = sorted(players, key=lambda player: -float(one[player]))
+    rows = []
+    for above, below in itertools.pairwise(ranked):
+        row = values.figure(float(one[above] - one[below]), np.asarray(many[above] - many[below]))
+        rows.append({"pair": [above, below], **row, "told": row["ci95"][0] > 0})
+    return rows
 
 
 def _pairs(values: Values, players: Sequence[str]) -> list[dict[str, Any]]:

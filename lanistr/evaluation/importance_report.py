@@ -23,12 +23,15 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "",
         f"{about['labels']} labelled samples of the train split, embeddings of run `{about['run']}`, "
         f"{found['repeats']} x {found['folds']} held-out folds by group, {about['draws']} bootstrap draws. A value is the "
-        "share of the held-out variance that a probe explains (of classes: the Brier skill score); the interval (95 %) is "
-        "of labelled samples drawn, fitted and scored anew. All of it holds for this encoder and this number of labels.",
+        "share of the held-out variance that a probe explains (of classes: the Brier skill score), from embeddings, a table's "
+        "columns, and plain statistics of texts, images and series: what the encoder has not learnt to read is not "
+        "nothing. The interval (95 %) is of labelled samples drawn, fitted and scored anew. All of it holds for this "
+        "encoder and this number of labels.",
         "",
         "## What to do",
         "",
         *(f"* **{row['modality']}: {row['verdict']}** ({row['why']})." for row in found["advice"]),
+        f"* **Order:** {_order(found)}",
         "",
         "![importance](importance.png)",
         "",
@@ -66,6 +69,20 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
             for row in sorted(found["subsets"], key=lambda row: -row["value"])
         ),
     ]
+
+
+def _order(found: Mapping[str, Any]) -> str:
+    """What may be said of the ranking, and what may not."""
+    rows = found["order"]
+    told = " ".join(f"{'>' if row['told'] else '?'} {row['pair'][1]}" for row in rows)
+    line = f"{rows[0]['pair'][0]} {told}."
+    open_ = [" from ".join(row["pair"]) for row in rows if not row["told"]]
+    if open_:
+        line += (
+            f" {found['about']['labels']} labels cannot tell {', nor '.join(open_)}: the interval of the difference holds "
+            "zero. Label more before you choose between them."
+        )
+    return line
 
 
 def _modalities(found: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ alignment of each kernel with what is to be said (Cortes, Mohri and Rostamizadeh
 eight columns of noise do not drown the ninth. Everything is in closed form: fifteen subsets, many folds and many bootstrap
 draws take seconds to minutes.
 
-Shape suffixes: N samples, F features, L outputs (classes, labels or columns), R repeats of the folds.
+Shape suffixes: N samples, T of them fitted on, F features, L outputs (classes, labels or columns), R repeats of the folds.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # in units of a source's mean squared norm, which is 1
-PRODUCTS = (0.0, 1.0, 4.0)  # rho
+PRODUCTS = (0.0, 1.0, 4.0, 16.0)  # rho
 FOLDS, INNER = 5, 2
 BY_CHANCE = 1.0  # an alignment of so many deviations is what noise has
 PAIR_SHOWS = 3.0  # products of kernels are fitted from here: there are many pairs
@@ -102,7 +102,7 @@ def alignment(kernel: np.ndarray, rest_NL: np.ndarray) -> float:
     """
     diagonal_N = kernel.diagonal()
     total = ((kernel @ rest_NL) * rest_NL).sum() - (diagonal_N * (rest_NL**2).sum(1)).sum()
-    spread = (kernel.astype(np.float64) ** 2).sum() - (diagonal_N.astype(np.float64) ** 2).sum()
+    spread = float(np.vdot(kernel, kernel)) - float(np.vdot(diagonal_N, diagonal_N))
     covariance_LL = rest_NL.T @ rest_NL / len(rest_NL)
     deviation = np.sqrt(2 * spread * (covariance_LL**2).sum())
     return float(total / deviation) if deviation > 0 else 0.0
@@ -116,12 +116,11 @@ class Weights:
     pairs: dict[tuple[str, str], float]
 
     @classmethod
-    def of(cls, bank: Bank, pairs: Sequence[tuple[str, str]], truth: Truth, rows: np.ndarray) -> "Weights":
-        """Measured on some rows only."""
-        rest_NL = truth.take(rows).centred().astype(np.float32)
-        own = {name: kernel[np.ix_(rows, rows)] for name, kernel in bank.items()}
-        shown = {(a, b): alignment(own[a] * own[b], rest_NL) for a, b in pairs}
-        return cls({name: alignment(kernel, rest_NL) for name, kernel in own.items()}, shown)
+    def of(cls, bank: Bank, pairs: Sequence[tuple[str, str]], truth: Truth) -> "Weights":
+        """Measured on all samples of a bank."""
+        rest_NL = truth.centred().astype(np.float32)
+        shown = {(a, b): alignment(bank[a] * bank[b], rest_NL) for a, b in pairs}
+        return cls({name: alignment(kernel, rest_NL) for name, kernel in bank.items()}, shown)
 
     def parts(self, case: Case, sources: Sources) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
         """Weights of the atoms of a case (1 per source) and of pairs of atoms from two of its sources (1 in all)."""
@@ -149,13 +148,24 @@ def assemble(bank: Bank, case: Case, sources: Sources, weights: Weights) -> tupl
     return main, both if isinstance(both, np.ndarray) else None
 
 
-def fit_predict(kernel: np.ndarray, truth: Truth, train: np.ndarray, test: np.ndarray, ridge: float) -> np.ndarray:
-    """(test, L): fitted on rows ``train`` of an (N, N) kernel; unknown cells pull towards the mean."""
-    fitted = truth.take(train)
-    gram = torch.from_numpy(kernel[np.ix_(train, train)]).double()
-    gram.diagonal().add_(ridge)
-    weights = torch.cholesky_solve(torch.from_numpy(fitted.centred()), torch.linalg.cholesky(gram))
-    return kernel[np.ix_(test, train)] @ weights.numpy() + fitted.mean()
+def fit_predict(kernel_NT: np.ndarray, fitted: Truth, ridges: Sequence[float]) -> list[np.ndarray]:
+    """(N - T, L) per ridge; unknown cells pull towards the mean.
+
+    Args:
+        kernel_NT: between all samples and those fitted on, which come first.
+        fitted: truth of the first T.
+        ridges: added to the diagonal.
+    """
+    t = kernel_NT.shape[1]
+    gram = torch.from_numpy(kernel_NT[:t]).double()
+    centred, mean_L = torch.from_numpy(fitted.centred()), fitted.mean()
+    found, before = [], 0.0
+    for ridge in ridges:
+        gram.diagonal().add_(ridge - before)
+        before = ridge
+        weights = torch.cholesky_solve(centred, torch.linalg.cholesky(gram))
+        found.append(kernel_NT[t:] @ weights.numpy().astype(np.float32) + mean_L)
+    return found
 
 
 def losses(predicted_NL: np.ndarray, truth: Truth) -> np.ndarray:
@@ -175,6 +185,47 @@ def make_folds(truth: Truth, folds: int, rng: np.random.Generator) -> np.ndarray
 def divide(fold_N: np.ndarray, fold: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to fit on, and rows to score on."""
     return np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the samples.
+
+    Attributes:
+        bank: kernels between all samples and those fitted on, which come first, (N, T).
+        fitted, scored: truth of the T and of the others.
+        weights: measured on the T.
+    """
+
+    bank: Bank
+    fitted: Truth
+    scored: Truth
+    weights: Weights
+
+    @classmethod
+    def of(
+        cls, bank: Bank, pairs: Sequence[tuple[str, str]], truth: Truth, train: np.ndarray, test: np.ndarray
+    ) -> "Fold":
+        """Fit on the rows ``train`` of a bank, score on ``test``."""
+        cells = np.ix_(np.concatenate([train, test]), train)
+        own = {name: kernel[cells] for name, kernel in bank.items()}
+        fitted = truth.take(train)
+        weights = Weights.of({name: kernel[: len(train)] for name, kernel in own.items()}, pairs, fitted)
+        return cls(own, fitted, truth.take(test), weights)
+
+    def answers(
+        self, case: Case, sources: Sources, products: Sequence[float], ridges: Sequence[float]
+    ) -> Iterator[tuple[Setting, np.ndarray]]:
+        """Per setting what the probe says of the samples to score, (scored, L); the simplest first."""
+        main, both = assemble(self.bank, case, sources, self.weights)
+        alone: list[np.ndarray] = []
+        for rho in products:
+            if both is not None and rho:
+                found = fit_predict(main + np.float32(rho) * both, self.fitted, ridges)
+            else:
+                found = alone = alone or fit_predict(main, self.fitted, ridges)
+            for ridge, predicted_NL in zip(ridges, found, strict=True):
+                yield Setting(ridge, rho), predicted_NL
 
 
 class Probe:
@@ -208,18 +259,16 @@ class Probe:
         """Per case the setting with the least squared error over inner folds of the rows ``train``."""
         fold_N = make_folds(self.truth.take(train), INNER, rng)
         totals: dict[Case, dict[Setting, float]] = {case: {} for case in self.cases}
-        for fold in range(INNER):
-            fitted, scored = (train[rows] for rows in divide(fold_N, fold))
-            weights = Weights.of(self.bank, self.pairs, self.truth, fitted)
+        for number in range(INNER):
+            fold = self._fold(*(train[rows] for rows in divide(fold_N, number)))
             for case in self.cases:
-                main, both = assemble(self.bank, case, self.sources, weights)
-                for setting in _settings(len(case)):
-                    kernel = main if both is None or not setting.products else main + setting.products * both
-                    error = losses(
-                        fit_predict(kernel, self.truth, fitted, scored, setting.ridge), self.truth.take(scored)
-                    )
-                    totals[case][setting] = totals[case].get(setting, 0.0) + float(error.sum())
+                for setting, predicted_NL in fold.answers(case, self.sources, PRODUCTS, RIDGES[::-1]):
+                    error = float(losses(predicted_NL, fold.scored).sum())
+                    totals[case][setting] = totals[case].get(setting, 0.0) + error
         return {case: min(found, key=lambda setting: found[setting]) for case, found in totals.items()}
+
+    def _fold(self, train: np.ndarray, test: np.ndarray) -> Fold:
+        return Fold.of(self.bank, self.pairs, self.truth, train, test)
 
     def score(self, repeats: int, seed: int, settings: Mapping[Case, Setting] | None = None) -> "Scores":
         """Every case on the same held-out folds, several times over.
@@ -234,32 +283,21 @@ class Probe:
         for repeat in range(repeats):
             rng = np.random.default_rng([seed, repeat])
             fold_N = make_folds(self.truth, FOLDS, rng)
-            for fold in range(FOLDS):
-                train, test = divide(fold_N, fold)
+            for number in range(FOLDS):
+                train, test = divide(fold_N, number)
                 chosen = settings or self.choose(train, rng)
-                held_out = self.truth.take(test)
-                mean_NL = np.broadcast_to(self.truth.take(train).mean(), held_out.values_NL.shape)
-                scores.baseline_RN[repeat, test] = losses(mean_NL, held_out)
-                for case, predicted_NL in self._predict(train, test, chosen):
+                fold = self._fold(train, test)
+                truth_NL = fold.scored.values_NL
+                scores.baseline_RN[repeat, test] = losses(
+                    np.broadcast_to(fold.fitted.mean(), truth_NL.shape), fold.scored
+                )
+                for case in self.cases:
+                    rho, ridge = chosen[case].products, chosen[case].ridge
+                    ((_, predicted_NL),) = fold.answers(case, self.sources, [rho], [ridge])
                     scores.chosen[case].append(chosen[case])
-                    scores.errors[case][repeat, test] = losses(predicted_NL, held_out)
-                    scores.right[case][repeat, test] = predicted_NL.argmax(1) == held_out.values_NL.argmax(1)
+                    scores.errors[case][repeat, test] = losses(predicted_NL, fold.scored)
+                    scores.right[case][repeat, test] = predicted_NL.argmax(1) == truth_NL.argmax(1)
         return scores
-
-    def _predict(
-        self, train: np.ndarray, test: np.ndarray, chosen: Mapping[Case, Setting]
-    ) -> Iterator[tuple[Case, np.ndarray]]:
-        weights = Weights.of(self.bank, self.pairs, self.truth, train)
-        for case in self.cases:
-            main, both = assemble(self.bank, case, self.sources, weights)
-            products = chosen[case].products
-            kernel = main if both is None or not products else main + np.float32(products) * both
-            yield case, fit_predict(kernel, self.truth, train, test, chosen[case].ridge)
-
-
-def _settings(size: int) -> list[Setting]:
-    products = PRODUCTS if size > 1 else PRODUCTS[:1]
-    return [Setting(ridge, rho) for rho in products for ridge in RIDGES[::-1]]  # of equals the simplest
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Importance on factors that were planted, and its command line."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ from etl.sources.synthetic import draw_factors
 from lanistr.data.reader import GoldDataset
 from lanistr.evaluation.advice import advise
 from lanistr.evaluation.embed import embed
-from lanistr.evaluation.importance import Material, gather, importance, measure
+from lanistr.evaluation.importance import importance, measure
 from lanistr.evaluation.importance_report import write_importance
+from lanistr.evaluation.material import Material, gather
 from lanistr.evaluation.probe import Truth
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
@@ -45,6 +47,7 @@ def shop(n: int, seed: int) -> Material:
             "tabular": np.zeros((n, 1)),
             "series": hot["series"],
         },
+        plain={},
         present={name: rng.random(n) < share for name, share in present.items()},
         cells={"tabular": cells},
         fused=hot["text"],
@@ -64,6 +67,16 @@ def test_planted_modalities_come_in_the_planted_order(found: dict) -> None:
     assert all(row["ci95"][0] > 0 for row in found["shapley"])
     whole = next(row for row in found["subsets"] if len(row["modalities"]) == 4)
     assert sum(row["value"] for row in found["shapley"]) == pytest.approx(whole["value"])
+
+
+def test_an_order_is_told_only_where_the_interval_of_the_difference_is_above_zero(found: dict) -> None:
+    ranked = [row["modality"] for row in found["shapley"]]
+    assert [row["pair"] for row in found["order"]] == [list(pair) for pair in itertools.pairwise(ranked)]
+    for row, above, below in zip(found["order"], found["shapley"], found["shapley"][1:], strict=False):
+        assert row["value"] == pytest.approx(above["value"] - below["value"])
+        assert row["told"] == (row["ci95"][0] > 0)
+    assert found["order"][1]["told"]  # the table and what follows it are planted .14 apart
+    assert not found["order"][2]["told"]  # image and series .001
 
 
 def test_the_planted_interaction_is_found_and_named_by_column(found: dict) -> None:
@@ -100,6 +113,8 @@ def test_the_report_is_whole(found: dict, tmp_path: Path) -> None:
     cost = {m: {"bytes": 10.0, "flops": 1e6} for m in ("text", "image", "tabular", "series")}
     text = write_importance({**found, "about": about, "cost": cost}, tmp_path)
     assert "text and tabular/weight_kg" in text
+    assert "600 labels cannot tell" in text
+    assert "tabular >" in text
     assert (tmp_path / "importance.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "importance.json").read_text())["pairs"] == found["pairs"]
 
@@ -129,7 +144,8 @@ def test_what_is_probed_are_the_runs_embeddings_and_the_cells_of_the_table(gold:
         for row, position in enumerate(labelled):
             content = dataset.read(int(position)).contents.get("tabular")
             missing = content is None or not content.observed_K[column]
-            assert material.cells["tabular"][name][row].sum() == 1
+            bins = {"a": 4, "c": 1}[name]  # a number is in a half, a third, a fifth and a tenth
+            assert material.cells["tabular"][name][row].sum() == (1 if missing else bins)
             assert bool(material.cells["tabular"][name][row, -1]) == missing
     np.testing.assert_array_equal(material.truth.values_NL.argmax(1), dataset.label[labelled])
 

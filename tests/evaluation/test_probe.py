@@ -26,7 +26,8 @@ def test_a_fit_is_kernel_ridge_regression() -> None:
         kernel[np.ix_(train, train)], truth.values_NL[train] - mean
     )
     expected = theirs.predict(kernel[np.ix_(test, train)]) + mean
-    np.testing.assert_allclose(fit_predict(kernel, truth, train, test, 0.7), expected, atol=1e-5)
+    _, found = fit_predict(kernel[:, train], truth.take(train), [3.0, 0.7])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_samples_without_a_source_have_its_mean_and_a_flag() -> None:
