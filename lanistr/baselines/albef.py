@@ -1,7 +1,8 @@
 """ALBEF (Li et al. 2021) with the recipe's encoders: align image and text before they are fused.
 
 Image-text contrast against momentum encoders and a queue, image-text matching with hard negatives, masked language
-modelling on the fused tokens with the momentum model as a teacher. The recipe's BERT and ViT are the unimodal encoders
+modelling on the fused tokens with the momentum model as a teacher. A text encoder that is frozen has no masked text, and
+no such term. The recipe's BERT and ViT are the unimodal encoders
 and LANISTR's fusion encoder is the multimodal one: it attends over [CLS], text and image together, where the published
 one has cross-attention; after fine-tuning its [CLS], or the mean of its tokens, is classified.
 
@@ -24,11 +25,13 @@ from lanistr.batch import Batch, Layout, make_layout
 from lanistr.config import ModelConfig
 from lanistr.data.loader import Collator
 from lanistr.data.samples import Sample
-from lanistr.modalities.base import Modality
+from lanistr.modalities.base import Modality, ModalityEncoder
+from lanistr.modalities.encoded import Encoded
 from lanistr.modalities.image import ImageInput
 from lanistr.modalities.text import MLMHead, TextInput
 from lanistr.model.lanistr import Lanistr
 from lanistr.ops.attention import resolve_backend
+from lanistr.tasks import freeze_parts
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,19 @@ class AlbefConfig:
 class Branch(nn.Module):
     """What exists twice: with gradient, and as its slow follower."""
 
-    def __init__(self, model: Lanistr, text: str, image: str, width: int, embed: int, vocab_size: int, eps: float):
+    def __init__(self, model: Lanistr, text: str, image: str, embed: int, mlm: nn.Module):
         super().__init__()
         self.model, self.names = model, (text, image)
         hidden = [model.encoder(name).projection.in_features for name in self.names]
         self.text_embed, self.image_embed = (nn.Linear(cast(int, size), embed) for size in hidden)
-        self.mlm = MLMHead(width, vocab_size, eps)
+        self.mlm = mlm
 
 
 class Seen(NamedTuple):
     """A branch's view of a batch.
 
     Attributes:
-        pool_TD: fusion's [CLS], then the tokens of all texts (clean, then masked) and of all images.
+        pool_TD: fusion's [CLS], then the tokens of all texts (clean, then masked if any) and of all images.
         text_SE, image_nE: unit embeddings of each clean text and each image.
     """
 
@@ -85,7 +88,7 @@ class Places(NamedTuple):
 class AlbefPretrain(nn.Module):
     """The three objectives over a batch of texts, of which some have an image.
 
-    A text without an image is part of masked language modelling only.
+    A text without an image is part of masked language modelling only; where the text's encoder is frozen there is none.
 
     Args:
         config: of the model.
@@ -94,6 +97,7 @@ class AlbefPretrain(nn.Module):
         pairs: image-text pairs in the data.
         ramp: steps until distillation has its full weight.
         device: kind of device that it will run on.
+        frozen: modalities whose encoders stay as they are.
     """
 
     def __init__(
@@ -105,17 +109,21 @@ class AlbefPretrain(nn.Module):
         ramp: int,
         bits: Mapping[str, int],
         device: str,
+        frozen: Sequence[str] = (),
     ):
         super().__init__()
-        self.weights = {"itc": 1.0, "itm": 1.0, "mlm": 1.0}
         self.albef, self.ramp, self.bits, self.steps = albef, ramp, dict(bits), 0
         kinds = {modality.kind: name for name, modality in modalities.items()}
         self.text, self.image = kinds["text"], kinds["image"]
         model = Lanistr(config, dict(modalities), resolve_backend(config.attention, device))
         vocab_size = cast(Any, modalities[self.text]).spec.vocab_size
         width, eps = config.fusion.width, config.fusion.norm_eps
-        self.fast = Branch(model, self.text, self.image, width, albef.embed, vocab_size, eps)
+        self.masked = self.text not in frozen
+        self.weights = {"itc": 1.0, "itm": 1.0} | ({"mlm": 1.0} if self.masked else {})
+        mlm = MLMHead(width, vocab_size, eps) if self.masked else nn.Identity()
+        self.fast = Branch(model, self.text, self.image, albef.embed, mlm)
         model.drop_heads()
+        self.frozen = freeze_parts(model, frozen)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
         self.match = nn.Linear(width, 2)
         self.temperature = nn.Parameter(torch.tensor(albef.temperature))
@@ -126,6 +134,13 @@ class AlbefPretrain(nn.Module):
         """What fine-tuning starts from."""
         return self.fast.model
 
+    def train(self, mode: bool = True) -> "AlbefPretrain":
+        """As `nn.Module.train`, but frozen encoders stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Totals of the terms; see `PairCollator` for what they are divided by."""
         alpha = self.albef.alpha * min(1.0, self.steps / max(1, self.ramp))
@@ -134,12 +149,14 @@ class AlbefPretrain(nn.Module):
             if self.training:
                 follow(self.slow, self.fast, self.albef.momentum)
                 self.steps += 1
-            slow = self._look(self.slow, batch)
-        fast, places = self._look(self.fast, batch), self._places(batch)
+            places = self._places(batch)
+            slow = self._look(self.slow, batch, places)
+        fast = self._look(self.fast, batch, places)
         text_of, image_of = paired_rows(batch.presence_B, self.bits[self.text], self.bits[self.image])
         image_of_text = dict(zip(text_of, image_of, strict=True))
-        totals = {"mlm": self._masked(fast, slow, places, image_of_text, batch.inputs[self.text], alpha)}
-        totals["itc"] = totals["itm"] = fast.pool_TD.new_zeros(())
+        totals: dict[str, Tensor] = {name: fast.pool_TD.new_zeros(()) for name in ("itc", "itm")}
+        if self.masked:
+            totals["mlm"] = self._masked(fast, slow, places, image_of_text, batch.inputs[self.text], alpha)
         if text_of:
             text_PE, image_PE = fast.text_SE[text_of], fast.image_nE[image_of]
             slow_text_PE, slow_image_PE = slow.text_SE[text_of], slow.image_nE[image_of]
@@ -156,28 +173,27 @@ class AlbefPretrain(nn.Module):
                 totals["itm"] = self._matched(fast, places, text_of, image_of, images_P, texts_P)
         return totals
 
-    def _look(self, branch: Branch, batch: Batch) -> Seen:
-        text, image = (branch.model.encoder(name) for name in branch.names)
-        texts: TextInput = batch.inputs[self.text]
-        images: ImageInput = replace(batch.inputs[self.image], mask_NP1=None)  # images are never masked
-        text_TH, image_TH = text.encode(texts), image.encode(images)
-        starts_S = texts.layout.cu_seqlens[:-1].long().chunk(2)[0]
-        pool_TD = torch.cat([branch.model.fusion.cls, text.project(text_TH, texts), image.project(image_TH, images)])
-        first_nH = image_TH.view(len(images.pixels_nHWC), -1, image_TH.shape[1])[:, 0]
-        text_SE = normalize(branch.text_embed(text_TH.index_select(0, starts_S)), dim=1)
-        return Seen(pool_TD, text_SE, normalize(branch.image_embed(first_nH), dim=1))
+    def _look(self, branch: Branch, batch: Batch, places: Places) -> Seen:
+        texts, images = batch.inputs[self.text], batch.inputs[self.image]
+        if isinstance(images, ImageInput):
+            images = replace(images, mask_NP1=None)  # images are never masked
+        text_TH, text_TD = _encode(branch.model.encoder(self.text), texts)
+        image_TH, image_TD = _encode(branch.model.encoder(self.image), images)
+        text_S, image_n = (
+            torch.from_numpy(spans[:, 0] - start).to(text_TH.device)
+            for spans, start in ((places.clean_S, 1), (places.images_n, 1 + len(text_TH)))
+        )
+        text_SE = normalize(branch.text_embed(text_TH.index_select(0, text_S)), dim=1)
+        image_nE = normalize(branch.image_embed(image_TH.index_select(0, image_n)), dim=1)
+        return Seen(torch.cat([branch.model.fusion.cls, text_TD, image_TD]), text_SE, image_nE)
 
     def _places(self, batch: Batch) -> Places:
-        texts: TextInput = batch.inputs[self.text]
-        ends = texts.layout.cu_seqlens.cpu().numpy().astype(np.int64) + 1  # row 0 of the pool is [CLS]
-        spans = np.stack([ends[:-1], ends[1:]], axis=1)
-        images: ImageInput = batch.inputs[self.image]
-        number, height, width, _ = images.pixels_nHWC.shape
-        patch = cast(Any, self.model.encoder(self.image)).patch
-        tokens = height * width // patch**2 + 1
-        starts = ends[-1] + tokens * np.arange(number)
-        clean_S, masked_S = np.split(spans, 2)
-        return Places(clean_S, masked_S, np.stack([starts, starts + tokens], axis=1))
+        slots = np.bincount(batch.fusion.slot_T.cpu().numpy(), minlength=3 * batch.size).reshape(-1, 3)
+        of = {name: slots[:, 1 + i] for i, name in enumerate(self.model.encoders)}
+        text_S, image_n = (of[name][of[name] > 0] for name in (self.text, self.image))
+        clean_S = _spans(1, text_S)  # row 0 of the pool is [CLS]
+        tokens = text_S.sum()
+        return Places(clean_S, clean_S + tokens, _spans(1 + batch.views * tokens, image_n))
 
     def _masked(
         self,
@@ -231,8 +247,22 @@ class AlbefPretrain(nn.Module):
         return branch.model.fusion.norm(x_FD)
 
 
+def _encode(encoder: ModalityEncoder[Any], inputs: Any) -> tuple[Tensor, Tensor]:
+    """Hidden states of all tokens, and the same as fusion takes them; of a frozen encoder they may be there already."""
+    if isinstance(inputs, Encoded):
+        return inputs.rows_RH, encoder.projection(inputs.rows_RH)
+    hidden = encoder.encode(inputs)
+    return hidden, encoder.project(hidden, inputs)
+
+
+def _spans(start: int, lengths: np.ndarray) -> np.ndarray:
+    """(first, last + 1) of rows that follow each other."""
+    ends = start + np.cumsum(lengths, dtype=np.int64)
+    return np.stack([ends - lengths, ends], axis=1)
+
+
 def _logits(branch: Branch, fused_MD: Tensor) -> Tensor:
-    head = branch.mlm
+    head = cast(MLMHead, branch.mlm)
     return head.decoder(head.norm(gelu(head.dense(fused_MD))))
 
 

@@ -69,18 +69,18 @@ class MedFuseMethod:
         train, val = train.only(names), val.only(names)
         modalities = train.dataset.modalities
         with seeded(seed):
-            encoders = Encoders.build(recipe.model, modalities, pick_device().type)
+            encoders = Encoders.build(recipe, modalities, pick_device().type)
             order = _order([modalities[name].kind for name in names])
             task = MedFuse(encoders, recipe.model.fusion.width, train.classes, order)
             alone = {
-                name: LateFusion(Encoders({name: encoders.encoders[name]}), train.classes, recipe)
+                name: LateFusion(encoders.only(name), train.classes, recipe)
                 for name in names
                 if modalities[name].kind != SKIPPED
             }
         for name, single in alone.items():
             _train_alone(name, single, train, val, recipe)
         task.weigh(train, recipe.finetune)
-        answer = fit_classifier(task, train, val, recipe)
+        answer = fit_classifier(task, train, val, recipe, encoders, encoders.frozen)
         return lambda subset: answer(subset.only(names))
 
     def _names(self, subset: Subset) -> list[str]:
@@ -99,7 +99,7 @@ def _train_alone(name: str, task: LateFusion, train: Subset, val: Subset, recipe
     own_train, own_val = (_having(subset.only([name]), name) for subset in (train, val))
     if len(own_val) and len(np.unique(own_train.labels_N)) > 1:
         task.weigh(own_train, recipe.finetune)
-        fit_classifier(task, own_train, own_val, recipe)
+        fit_classifier(task, own_train, own_val, recipe, task.encoders, task.encoders.frozen)
 
 
 def _having(subset: Subset, name: str) -> Subset:

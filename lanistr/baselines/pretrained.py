@@ -1,14 +1,16 @@
 """Baselines that learn from unlabelled samples first, by the plain loop: LANISTR on Tab2Txt, and ALBEF.
 
 Each pretrains once per seed, as the recipe's ``pretrain`` block says; the weights are kept as one file and fine-tuned as
-its ``finetune`` block says.
+its ``finetune`` block says. Encoders that the recipe freezes stay as they were published and have no masked loss of their
+own; with ``pretrain.cache`` they run once per sample, for all seeds.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -19,15 +21,32 @@ from lanistr.baselines import Predict, Subset
 from lanistr.baselines.albef import AlbefConfig, AlbefPretrain, PairCollator
 from lanistr.baselines.tab2txt import TableAsText, View
 from lanistr.baselines.trainer import fit_classifier, minimise, pick_device, seeded, with_seed
-from lanistr.config import Recipe
+from lanistr.config import ObjectiveConfig, PretrainConfig, Recipe
 from lanistr.data.loader import Collator
 from lanistr.data.reader import GoldDataset, load_manifest
 from lanistr.model.lanistr import Lanistr, build_model
 from lanistr.tasks import Finetune, Pretrain
 from lanistr.training.checkpoint import copy_weights, named_tensors, save_weights
-from lanistr.training.pretrain import choose_samples
+from lanistr.training.features import cache_features
+from lanistr.training.pretrain import choose_samples, published
 from lanistr.training.run import train_loader
 from lanistr.training.transfer import part_prefixes
+
+
+class Made(NamedTuple):
+    """What is pretrained, and on what.
+
+    Attributes:
+        task: with ``model`` in it.
+        positions: samples that it uses; None = all.
+        config: schedule.
+    """
+
+    task: nn.Module
+    model: Lanistr
+    collator: Collator
+    positions: np.ndarray | None
+    config: PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,8 @@ class PretrainedMethod(ABC):
         """How the method sees a dataset."""
 
     @abstractmethod
-    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
-        """The task to pretrain, the model in it, what collates its batches, and the positions that it uses (None = all)."""
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> "Made":
+        """The task of the recipe's ``pretrain`` block, whose ``freeze`` names modalities of the dataset only."""
 
     def tuned(self, recipe: Recipe) -> Recipe:
         """The recipe that fine-tuning follows."""
@@ -73,7 +92,8 @@ class PretrainedMethod(ABC):
         recipe = self.tuned(with_seed(self.view.model_recipe(manifest), seed))
         train, val = self.view.of(train), self.view.of(val)
         task = self._task(recipe, train, self._weights(seed))
-        answer = fit_classifier(task, train, val, recipe)
+        frozen = recipe.finetune.frozen(list(train.dataset.modalities))
+        answer = fit_classifier(task, train, val, recipe, task.model, frozen)
         return lambda subset: answer(self.view.of(subset))
 
     def _task(self, recipe: Recipe, train: Subset, weights: dict[str, Tensor]) -> Finetune:
@@ -103,13 +123,32 @@ class PretrainedMethod(ABC):
             raise ValueError("data.mix: this method pretrains on one dataset")
         dataset, device = self.view.open(self.data, "train"), pick_device()
         recipe = self.view.model_recipe(dataset.manifest)
-        config = recipe.pretrain.model_copy(update={"seed": number})
-        recipe = recipe.model_copy(update={"pretrain": config})
+        frozen = published(recipe, [name for name in recipe.pretrain.freeze if name in dataset.modalities])
+        config = recipe.pretrain.model_copy(update={"seed": number, "freeze": frozen})
         with seeded(number):
-            task, model, collator, positions = self.make(recipe, dataset)
+            task, model, collator, positions, config = self.make(
+                recipe.model_copy(update={"pretrain": config}), dataset
+            )
+        task.to(device)
+        if config.cache and frozen:
+            dataset = self._cached(model, config, dataset, positions)
+            collator = replace(collator, modalities=dataset.modalities)
         loader = train_loader(dataset, collator, recipe.data, config, positions)
-        minimise(task.to(device), loader, config, device)
+        minimise(task, loader, config, device)
         return model
+
+    def _cached(
+        self, model: Lanistr, config: PretrainConfig, dataset: GoldDataset, positions: np.ndarray | None
+    ) -> GoldDataset:
+        """With the outputs of the frozen encoders in the place of their inputs; kept for seeds with the same samples."""
+        wanted = np.arange(dataset.n) if positions is None else positions
+        folder = self.folder / f"features-{hashlib.sha256(wanted.tobytes()).hexdigest()[:8]}"
+        config = config.model_copy(update={"cache": str(folder), "precision": "float32"})
+        found = cache_features(
+            model, config, config.freeze, {"train": dataset}, {"train": wanted}, folder, pick_device(),
+            self.recipe.data.workers,
+        )  # fmt: skip
+        return found["train"]
 
 
 class Tab2TxtMethod(PretrainedMethod):
@@ -120,12 +159,19 @@ class Tab2TxtMethod(PretrainedMethod):
         """All modalities, the tables as words."""
         return View(self.recipe, None, tables=True).widened(self.data)
 
-    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> Made:
         """LANISTR's own pretraining."""
-        config = recipe.pretrain
+        config, objective = recipe.pretrain, self._objective(recipe, dataset)
         model = build_model(recipe.model, dict(dataset.modalities), config.seed, pick_device().type)
-        task = Pretrain(model, dict(dataset.modalities), recipe.model.fusion, recipe.objective, config.seed)
-        return task, model, Collator(dataset.modalities, views=2, seed=config.seed), choose_samples(dataset, config)
+        task = Pretrain(model, dict(dataset.modalities), recipe.model.fusion, objective, config.seed, config.freeze)
+        collator = Collator(dataset.modalities, views=2, seed=config.seed, cross=tuple(objective.cross))
+        return Made(task, model, collator, choose_samples(dataset, config), config)
+
+    @staticmethod
+    def _objective(recipe: Recipe, dataset: GoldDataset) -> ObjectiveConfig:
+        """The recipe's: the tables, which are no modality here, predict nothing and are not predicted."""
+        crossing = [name for name in recipe.objective.cross if name in dataset.modalities]
+        return recipe.objective.model_copy(update={"cross": crossing if len(crossing) > 1 else []})
 
 
 @dataclass(frozen=True)
@@ -140,8 +186,11 @@ class AlbefMethod(PretrainedMethod):
         """The first text and the first image."""
         return View(self.recipe, ("text", "image"), self.tables, single=True).widened(self.data)
 
-    def make(self, recipe: Recipe, dataset: GoldDataset) -> tuple[nn.Module, Lanistr, Collator, np.ndarray | None]:
-        """Over all samples that have a text."""
+    def make(self, recipe: Recipe, dataset: GoldDataset) -> Made:
+        """Over all samples that have a text; where the text is frozen, over those that have an image, too.
+
+        Without masked language modelling the others teach nothing: batches lose them, and there are as many steps.
+        """
         config, names = recipe.pretrain, {m.kind: name for name, m in dataset.modalities.items()}
         if names.keys() != {"text", "image"}:
             raise ValueError(f"{self.data}: ALBEF pretrains on text and image; there is {', '.join(names)}")
@@ -155,21 +204,21 @@ class AlbefMethod(PretrainedMethod):
         pairs = int(has_image_N[positions_N].sum())
         if pairs < 2:
             raise ValueError(f"{self.data}: ALBEF needs image-text pairs; there are {pairs}")
+        masked, steps = names["text"] not in config.freeze, max(1, len(positions_N) // config.global_batch)
+        if not masked:
+            positions_N = positions_N[has_image_N[positions_N]]
+            smaller = {"global_batch": max(2, pairs // steps), "micro_batch": None, "max_tokens": None}
+            config = config.model_copy(update=smaller)
         task = AlbefPretrain(
-            recipe.model,
-            dataset.modalities,
-            self.albef,
-            pairs,
-            len(positions_N) // config.global_batch,
-            bits,
-            pick_device().type,
+            recipe.model, dataset.modalities, self.albef, pairs, steps, bits, pick_device().type, config.freeze
         )
         collator = PairCollator(
-            dataset.modalities, views=2, seed=config.seed, text=names["text"], image=names["image"]
-        )  # fmt: skip
-        return task, task.model, collator, positions_N
+            dataset.modalities, views=1 + masked, seed=config.seed, text=names["text"], image=names["image"]
+        )
+        return Made(task, task.model, collator, positions_N, config)
 
     def tuned(self, recipe: Recipe) -> Recipe:
-        """Everything is trained, as published; the recipe says what of the multimodal encoder is classified."""
-        changes = {"freeze": "none", "transfer": "all", "unimodal": 0.0}
+        """What pretraining trains is trained, as published; the recipe says what of the fusion encoder is classified."""
+        frozen = [name for name in recipe.pretrain.freeze if name in recipe.model.modalities]
+        changes = {"freeze": frozen, "transfer": "all", "unimodal": 0.0}
         return recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=changes)})

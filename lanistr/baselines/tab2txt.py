@@ -6,6 +6,7 @@ columns: what an id stands for is in the manifest; a hashed value is only known 
 Shape suffixes: K columns of a row.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +72,18 @@ class TableAsText(GoldDataset):
         self.modalities = {name: modality for name, modality in dataset.modalities.items() if name not in tables}
         self.text = cast(TextModality, dataset.modalities[text])
         self.tables = [cast(TabularModality, dataset.modalities[name]) for name in tables]
+
+    @property
+    def view_id(self) -> str:
+        """Of the words, too: features of these texts are no features of the dataset's own."""
+        return f"{self.inner.content_id}+{'+'.join(table.name for table in self.tables)}"
+
+    def only(self, names: Collection[str]) -> GoldDataset:
+        """The words stay where the text does."""
+        tables = [table.name for table in self.tables]
+        if self.text.name not in names:
+            return self.inner.only([name for name in names if name not in tables])
+        return TableAsText(self.inner.only([*names, *tables]), self.text.name, tables, self.tokenizer)
 
     def fetch(self, position: int) -> Fetched:
         """As `GoldDataset.fetch`, with the words in the text's member."""

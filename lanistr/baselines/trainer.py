@@ -8,8 +8,10 @@ Shape suffixes: B samples, C classes.
 
 import contextlib
 import math
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from lanistr.baselines import Predict, Subset
 from lanistr.batch import Batch, to_device
-from lanistr.config import FinetuneConfig, OptimizerConfig, Recipe
+from lanistr.config import DataConfig, FinetuneConfig, OptimizerConfig, Recipe
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
 from lanistr.metrics import METRICS, find_metric, goodness
 from lanistr.tasks import balanced_weights
 from lanistr.training.best import EVAL_BATCH, TIE
 from lanistr.training.engine import parameter_groups
+from lanistr.training.features import Encodes, cache_features
 from lanistr.training.loop import total_steps
 from lanistr.training.run import train_loader
 from lanistr.training.schedule import lr_at
@@ -209,14 +212,18 @@ def predict(task: nn.Module, subset: Subset, device: torch.device) -> np.ndarray
     return np.concatenate(rows)[: len(subset)]
 
 
-def fit_classifier(task: nn.Module, train: Subset, val: Subset, recipe: Recipe) -> Predict:
+def fit_classifier(
+    task: nn.Module, train: Subset, val: Subset, recipe: Recipe, encoders: Encodes, frozen: Sequence[str]
+) -> Predict:
     """Train on labelled samples as the recipe's ``finetune`` block says; the best weights on validation answer.
 
     Args:
         task: a `Task` that `Answers`.
         train: fewer samples than a global batch are one batch.
         val: the same modalities.
-        recipe: its seed orders the samples.
+        recipe: its seed orders the samples; with ``finetune.cache`` frozen encoders run once per sample.
+        encoders: of the task.
+        frozen: names of those that are not trained.
 
     Raises:
         ValueError: as `minimise` and `Keeper` do.
@@ -227,11 +234,31 @@ def fit_classifier(task: nn.Module, train: Subset, val: Subset, recipe: Recipe) 
         config = config.model_copy(update={"micro_batch": None})
     device = pick_device()
     task.to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.cache and any(name in frozen for name in encoders.encoders):
+            train, val = _cached(encoders, frozen, train, val, recipe, Path(folder))
+        _train(task, train, val, config, recipe.data, device)
+    return lambda subset: predict(task, subset, device)
+
+
+def _train(
+    task: nn.Module, train: Subset, val: Subset, config: FinetuneConfig, data: DataConfig, device: torch.device
+) -> None:
     collator = Collator(
         train.dataset.modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout
     )  # fmt: skip
-    loader = train_loader(train.dataset, collator, recipe.data, config, train.positions_N)
+    loader = train_loader(train.dataset, collator, data, config, train.positions_N)
     keeper = Keeper(task, val, config, loader.steps_per_epoch, device)
     minimise(task, loader, config, device, keeper.after_step)
     keeper.restore()
-    return lambda subset: predict(task, subset, device)
+
+
+def _cached(
+    encoders: Encodes, frozen: Sequence[str], train: Subset, val: Subset, recipe: Recipe, folder: Path
+) -> tuple[Subset, Subset]:
+    """The same samples, with the outputs of the frozen encoders in the place of their inputs."""
+    config = recipe.finetune.model_copy(update={"cache": True, "precision": "float32"})
+    splits = {"train": train.dataset, "val": val.dataset}
+    wanted = {"train": train.positions_N, "val": val.positions_N}
+    found = cache_features(encoders, config, frozen, splits, wanted, folder, pick_device(), recipe.data.workers)
+    return Subset(found["train"], train.positions_N), Subset(found["val"], val.positions_N)

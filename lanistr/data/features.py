@@ -184,7 +184,7 @@ class CachedDataset(GoldDataset):
             name: cached.get(name, m) for name, m in dataset.modalities.items()
         }
         others = {name: m for name, m in dataset.modalities.items() if name not in cached}
-        self.others = GoldDataset(dataset.path, dataset.split, others, dataset.crc, dataset.store) if others else None
+        self.others = dataset.only(others) if others else None
 
     def substitutes(self, position: int, *rng_key: object) -> list[int]:
         """As `GoldDataset.substitutes`, of the cached samples."""
@@ -194,15 +194,17 @@ class CachedDataset(GoldDataset):
         """As `GoldDataset.fetch`, with rows of the cache among the members."""
         shard, row = self.locate(position)
         part = self.index[shard]
-        members: dict[str, bytes] = dict(self.others.fetch(position).members) if self.others else {}
+        fetched = self.others.fetch(position) if self.others else None
+        members, presence = (dict(fetched.members), fetched.presence) if fetched else ({}, 0)
         for modality in self.cached:
             for view in range(modality.views):
                 rows = self.features.rows(position, modality.name, view)
                 if rows is not None:
+                    presence |= self.index.bits[modality.name]
                     members[modality.view(view)] = rows.tobytes()
         return Fetched(
             key=part.keys_N[row].decode(),
-            presence=int(part.presence_N[row]),
+            presence=presence,
             label=int(part.label_N[row]),
             target=part.target_NL[row] if self.index.targets else None,
             members=members,

@@ -86,6 +86,11 @@ class GoldDataset:
         return self.manifest.content_id
 
     @property
+    def view_id(self) -> str:
+        """Identity of what is read of it; of a view that rewrites samples another one."""
+        return self.content_id
+
+    @property
     def repeats(self) -> np.ndarray:
         """Each shard once per epoch."""
         return np.ones(len(self.shards))

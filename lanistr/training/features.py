@@ -5,12 +5,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ from lanistr.data.prefetch import prefetch
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import intact, read_samples
 from lanistr.manifest import Manifest
-from lanistr.modalities.base import Modality
+from lanistr.modalities.base import Modality, ModalityEncoder
 from lanistr.modalities.encoded import EncodedModality
-from lanistr.tasks import Finetune, Pretrain
 from lanistr.training import distributed
 from lanistr.training.durable import write_durably
 
@@ -46,24 +45,33 @@ ORIGIN = ("_name_or_path", "transformers_version")  # of a configuration: where 
 CODE = ("batch.py", "transforms.py", "modalities/*.py", "ops/*.py", "model/lanistr.py", "training/features.py")
 
 
+class Encodes(Protocol):
+    """A model with an encoder per modality: `Lanistr`, or a baseline's encoders."""
+
+    encoders: torch.nn.ModuleDict
+
+    def encoder(self, name: str) -> ModalityEncoder[Any]:
+        """Of one modality."""
+        ...
+
+
 def cache_features(
-    task: Finetune | Pretrain,
+    model: Encodes,
     config: FinetuneConfig | PretrainConfig,
     frozen: Sequence[str],
-    train: GoldDataset,
-    val: GoldDataset,
+    splits: Mapping[str, GoldDataset],
     wanted: dict[str, np.ndarray],
     run: Path,
     device: torch.device,
     workers: int,
-) -> tuple[CachedDataset, CachedDataset]:
-    """Both splits with the outputs of the frozen encoders in the place of their inputs. Every rank must call it.
+) -> dict[str, CachedDataset]:
+    """The splits with the outputs of the frozen encoders in the place of their inputs. Every rank must call it.
 
     Args:
-        task: with its weights, frozen.
+        model: with its weights, frozen.
         config: ``cache`` (a folder to share between runs, or True = in the run folder), ``cache_views``, ``precision``.
         frozen: parts, see `FinetuneConfig`.
-        train, val: splits.
+        splits: ``train``, whose samples may have several views, and others, by name.
         wanted: positions of the samples that the cache holds, by split.
         run: run folder.
         device: where encoders run.
@@ -72,15 +80,15 @@ def cache_features(
     Raises:
         ValueError: no frozen encoder, a stale or damaged cache, a sample that cannot be read, views of nothing.
     """
-    names = [name for name in task.model.encoders if name in frozen]
+    names = [name for name in model.encoders if name in frozen]
     if not names:
         raise ValueError("finetune.cache: no encoder is frozen; give finetune.freeze=encoders, or leave the cache off")
     count = config.cache_views if isinstance(config, FinetuneConfig) else 1
-    views = {name: count if train.modalities[name].augments else 1 for name in names}
+    views = {name: count if splits["train"].modalities[name].augments else 1 for name in names}
     if count > 1 and max(views.values()) == 1:
         raise ValueError(f"finetune.cache_views: {count}, but none of {', '.join(names)} is augmented")
     folder = Path(config.cache).expanduser() if isinstance(config.cache, str) else run / "features"
-    identity = identify(task, config, names, views, train, wanted)
+    identity = identify(model, config, names, views, splits["train"], wanted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")) if distributed.rank() == 0 else nullcontext():
         distributed.barrier()  # another run may have been filling it
@@ -92,13 +100,13 @@ def cache_features(
         else:
             _refuse_other_files(folder)
             distributed.barrier()  # nobody writes before all have looked
-            maker = _Maker(task, names, views, config, device, workers)
-            meta = _make(folder, maker, {"train": train, "val": val}, wanted, identity)
+            maker = _Maker(model, names, views, config, device, workers)
+            meta = _make(folder, maker, splits, wanted, identity)
     once = dict.fromkeys(views, 1)
-    return (
-        _open(train, folder, meta, config.precision, views),
-        _open(val, folder, meta, config.precision, once),
-    )
+    return {
+        name: _open(split, folder, meta, config.precision, views if name == "train" else once)
+        for name, split in splits.items()
+    }
 
 
 def _open(dataset: GoldDataset, folder: Path, meta: CacheMeta, dtype: str, views: dict[str, int]) -> CachedDataset:
@@ -110,7 +118,7 @@ def _open(dataset: GoldDataset, folder: Path, meta: CacheMeta, dtype: str, views
 
 
 def identify(
-    task: Finetune | Pretrain,
+    model: Encodes,
     config: FinetuneConfig | PretrainConfig,
     names: Sequence[str],
     views: dict[str, int],
@@ -121,9 +129,9 @@ def identify(
     manifest = train.manifest
     return {
         "format": FORMAT,
-        "data": manifest.content_id,
-        "weights": {name: hash_weights(task.model.encoder(name).encoder) for name in names},
-        "architecture": {name: _hash_architecture(task.model.encoder(name).encoder) for name in names},
+        "data": train.view_id,
+        "weights": {name: hash_weights(model.encoder(name).encoder) for name in names},
+        "architecture": {name: _hash_architecture(model.encoder(name).encoder) for name in names},
         "transform": {name: _hash_transform(manifest, train.modalities[name]) for name in names},
         "tokenizer": manifest.tokenizer.sha256 if manifest.tokenizer else None,
         "dtype": config.precision,
@@ -189,7 +197,7 @@ class _Maker:
 
     def __init__(
         self,
-        task: Finetune | Pretrain,
+        model: Encodes,
         names: Sequence[str],
         views: dict[str, int],
         config: FinetuneConfig | PretrainConfig,
@@ -197,14 +205,14 @@ class _Maker:
         workers: int,
     ):
         dtype = getattr(torch, config.precision)
-        encoders = {name: copy.deepcopy(task.model.encoder(name)) for name in names}
+        encoders = {name: copy.deepcopy(model.encoder(name)) for name in names}
         self.encoders = {name: encoder.to(device=device, dtype=dtype).eval() for name, encoder in encoders.items()}
         self.names, self.views, self.config, self.device, self.workers = list(names), views, config, device, workers
 
     def batches(self, dataset: GoldDataset, names: Sequence[str], positions: np.ndarray, view: int) -> Iterator[Batch]:
         """Of the given modalities only; augmented where there are several views."""
         modalities = {name: dataset.modalities[name] for name in names}
-        own = GoldDataset(dataset.path, dataset.split, modalities, dataset.crc, dataset.store)
+        own = dataset.only(names)
         augmented = dataset.split == "train" and max(self.views.values()) > 1
         augment = (self.config.seed, "view", view) if augmented else None
         make = _Batches(own, Collator(modalities, views=1, seed=0), positions, augment)
@@ -243,7 +251,7 @@ class _Maker:
 def _make(
     folder: Path,
     maker: _Maker,
-    splits: dict[str, GoldDataset],
+    splits: Mapping[str, GoldDataset],
     wanted: dict[str, np.ndarray],
     identity: dict[str, Any],
 ) -> CacheMeta:

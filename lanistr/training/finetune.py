@@ -139,7 +139,9 @@ def _cached(
     frozen = config.frozen(list(train.modalities))
     shared = isinstance(config.cache, str)  # then it serves other draws of labels, too
     wanted = {"train": train.labelled(None, 0) if shared else positions, "val": val.labelled(None, 0)}
-    return cache_features(task, config, frozen, train, val, wanted, run, device, recipe.data.workers)
+    splits = {"train": train, "val": val}
+    cached = cache_features(task.model, config, frozen, splits, wanted, run, device, recipe.data.workers)
+    return cached["train"], cached["val"]
 
 
 def _check(recipe: Recipe, manifest: Manifest, modalities: list[str], source: Path | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Pretraining: a recipe, a dataset and a ZeRO configuration become a run."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def _cached(
         "train": np.arange(train.n) if positions is None else positions,
         "val": np.arange(min(val.n, config.eval_samples)),
     }
-    return cache_features(task, config, config.freeze, train, val, wanted, run, device, recipe.data.workers)
+    splits = {"train": train, "val": val}
+    cached = cache_features(task.model, config, config.freeze, splits, wanted, run, device, recipe.data.workers)
+    return cached["train"], cached["val"]
 
 
 def _check(recipe: Recipe, modalities: list[str], held_out: int) -> None:
@@ -129,12 +132,19 @@ def _check(recipe: Recipe, modalities: list[str], held_out: int) -> None:
     for name in config.freeze:
         if name not in modalities:
             raise ValueError(f"pretrain.freeze: no modality {name!r}; there are {', '.join(modalities)}")
-        if not recipe.model.modalities[name].get("pretrained"):
-            raise ValueError(f"pretrain.freeze: {name} was never trained; give model.modalities.{name}.pretrained")
+    published(recipe, config.freeze)
     if config.cache and recipe.data.mix:
         raise ValueError("pretrain.cache holds samples of one dataset: give no data.mix")
     if config.cache and not held_out:
         raise ValueError("pretrain.cache: the dataset has no val split")
+
+
+def published(recipe: Recipe, frozen: Sequence[str]) -> list[str]:
+    """The modalities that pretraining leaves as they are. Raises ValueError for one that was never trained."""
+    for name in frozen:
+        if not recipe.model.modalities[name].get("pretrained"):
+            raise ValueError(f"pretrain.freeze: {name} was never trained; give model.modalities.{name}.pretrained")
+    return list(frozen)
 
 
 def choose_samples(dataset: GoldDataset, config: PretrainConfig) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from lanistr.comparison.grid import Splits
 from lanistr.config import Recipe
 from lanistr.transforms import npy_bytes
-from tests.model.support import CHANNELS, NAMES, VOCAB, recipe_with
+from tests.model.support import CHANNELS, NAMES, VOCAB, make_modalities, recipe_with
 from tests.tiny_gold import CLASSES, write_gold
 
 WORDS = [
@@ -67,6 +67,14 @@ def planted_recipe(**changes: Any) -> Recipe:
     return recipe_with(**{**shared, **pre, **fusion, **changes})
 
 
+def publish_text(folder: Path) -> dict[str, Any]:
+    """Save a text encoder as a published one; the changes of a recipe that starts from it and leaves it as it is."""
+    room = {"model__modalities__text__positions": 128}
+    encoder: Any = make_modalities(planted_recipe(**room))["text"].build(16, "reference")
+    encoder.encoder.save_pretrained(folder)
+    return {**room, "model__modalities__text__pretrained": str(folder), "pretrain__freeze": ["text"]}
+
+
 def planted_gold(folder: Path, present: Callable[[int], Sequence[str]] = some, seed: int = 0) -> Path:
     """Write it."""
     return write_gold(
@@ -81,4 +89,13 @@ def planted_splits(
     return Splits.open(recipe or planted_recipe(), planted_gold(folder, present))
 
 
-__all__ = ["CHANCE", "NAMES", "make_tokenizer", "planted_gold", "planted_recipe", "planted_splits", "some"]
+__all__ = [
+    "CHANCE",
+    "NAMES",
+    "make_tokenizer",
+    "planted_gold",
+    "planted_recipe",
+    "planted_splits",
+    "publish_text",
+    "some",
+]

@@ -19,7 +19,8 @@ from lanistr.batch import Batch
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import intact, read_samples
 from lanistr.metrics import accuracy
-from tests.baselines.planted import CHANCE, planted_gold, planted_recipe, planted_splits
+from lanistr.training.features import cache_features
+from tests.baselines.planted import CHANCE, planted_gold, planted_recipe, planted_splits, publish_text
 
 P, Q, E = 4, 3, 5
 
@@ -229,6 +230,43 @@ def test_a_step_trains_everything_but_the_slow_model_and_fills_the_queue(tmp_pat
         torch.testing.assert_close(now, 0.995 * then + 0.005 * theirs)
     assert int((before != task.queue.image_QE).any(1).sum()) == 3  # as many as there are pairs
     assert task.steps == 6
+
+
+def test_a_frozen_text_pairs_and_matches_as_from_its_cache_without_masked_words(tmp_path: Path) -> None:
+    recipe = planted_recipe(pretrain__global_batch=24, **publish_text(tmp_path / "bert"))
+    method = AlbefMethod(recipe, planted_gold(tmp_path / "gold"), tmp_path / "a", 1)
+    dataset = method.view.open(tmp_path / "gold", "train")
+    made = method.make(method.view.model_recipe(dataset.manifest), dataset)
+    task: Any = made.task
+    assert set(task.weights) == {"itc", "itm"}
+    positions, bits = made.positions, dataset.index.bits
+    assert positions is not None
+    assert ((dataset.presence[positions] & (bits["text"] | bits["image"])) == bits["text"] | bits["image"]).all()
+    texts = int(((dataset.presence & bits["text"]) > 0).sum())
+    assert len(positions) // made.config.global_batch == texts // 24  # as many steps as with all texts
+    wanted = {"train": positions}
+    cached = cache_features(
+        task.model, recipe.pretrain, ["text"], {"train": dataset}, wanted, tmp_path, torch.device("cpu"), 0
+    )["train"]  # fmt: skip
+    found = []
+    for split in (dataset, cached):
+        collator = replace(made.collator, modalities=split.modalities)
+        batch = collator(intact(read_samples(split, positions[:6].tolist())), [1.0] * 6, 0)
+        task.steps = 0
+        task.eval().zero_grad()
+        torch.manual_seed(0)
+        totals = task(batch)
+        torch.stack([total / batch.counts[name] for name, total in totals.items()]).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+        found.append((totals, gradients))
+    (plain, theirs), (ours, mine) = found
+    assert plain["itm"] > 0
+    for name, total in plain.items():
+        torch.testing.assert_close(ours[name], total, rtol=1e-5, atol=1e-6)
+    assert theirs.keys() == mine.keys()
+    assert not any("encoders.text.encoder." in name for name in mine)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("tables", [False, True])

@@ -41,7 +41,7 @@ def test_beats_chance_and_repeats_itself(tmp_path: Path, name: str) -> None:
 
 def make_task(splits: Any, kind: str) -> Any:
     torch.manual_seed(0)
-    encoders = Encoders.build(planted_recipe().model, splits.train.modalities, "cpu")
+    encoders = Encoders.build(planted_recipe(), splits.train.modalities, "cpu")
     if kind == "late":
         return LateFusion(encoders, 3, planted_recipe())
     return MedFuse(encoders, 16, 3, [3, 0, 2, 1])
@@ -144,3 +144,11 @@ def test_a_token_for_absent_modalities_is_lanistrs_alone(tmp_path: Path, kind: s
     task = make_task(plain, kind)
     expected, found = (predict(task, splits.test, torch.device("cpu")) for splits in (plain, other))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["late_fusion", "medfuse_all"])
+def test_freezing_what_was_never_trained_is_refused(name: str, tmp_path: Path) -> None:
+    recipe = planted_recipe(pretrain__freeze=["text"])
+    splits = planted_splits(tmp_path, recipe=recipe)
+    with pytest.raises(ValueError, match="text was never trained"):
+        METHODS[name](recipe).fit(splits.draw(24, 0), splits.val, 0)

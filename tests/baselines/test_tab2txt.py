@@ -1,19 +1,24 @@
 """Tables as words: what a row spells, where the words stand, and that a model reads them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from lanistr.baselines.pretrained import Tab2TxtMethod
+from lanistr.baselines.pretrained import AlbefMethod, PretrainedMethod, Tab2TxtMethod
 from lanistr.baselines.tab2txt import TableAsText, View, spell
+from lanistr.baselines.trainer import seeded
 from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import CorruptSample, Fetched, read_samples
 from lanistr.metrics import accuracy
 from lanistr.transforms import CategoricalColumn, NumericColumn, TabularSpec, npy_bytes, read_npy
-from tests.baselines.planted import CHANCE, make_tokenizer, planted_gold, planted_recipe, planted_splits
+from tests.baselines.planted import CHANCE, make_tokenizer, planted_gold, planted_recipe, planted_splits, publish_text
 from tests.tiny_gold import write_gold
 
 SPEC = TabularSpec(
@@ -134,3 +139,27 @@ def test_lanistr_on_tab2txt_pretrains_once_beats_chance_and_repeats_itself(tmp_p
     assert weights.stat().st_mtime_ns == made
     np.testing.assert_array_equal(first, second)
     assert accuracy(first, splits.test.labels_N) > CHANCE + 0.3
+
+
+@pytest.mark.parametrize("kind", [Tab2TxtMethod, partial(AlbefMethod, tables=True)])
+def test_a_frozen_text_stays_as_it_was_and_runs_once_for_all_seeds(
+    kind: Callable[..., PretrainedMethod], tmp_path: Path
+) -> None:
+    crossing = {"objective__cross": ["text", "tabular"]}  # of which Tab2Txt has only one
+    published = publish_text(tmp_path / "bert")
+    recipe = planted_recipe(pretrain__cache=True, pretrain__epochs=1, **crossing, **published)
+    gold = planted_gold(tmp_path / "gold")
+    method = kind(recipe, gold, tmp_path / "a", 2)
+    for seed in (0, 1):
+        method.pretrain(seed)
+    assert len(list((tmp_path / "a").glob("features-*"))) == 1
+    dataset = method.view.open(gold, "train")
+    for seed in (0, 1):
+        config = method.view.model_recipe(dataset.manifest)
+        config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"seed": seed})})
+        with seeded(seed):
+            fresh = method.make(config, dataset).model.state_dict()
+        stored = load_file(str(tmp_path / "a" / f"pretrain-{seed}.safetensors"))
+        for name, weight in fresh.items():
+            moved = not torch.equal(stored[f"model.{name}"], weight)
+            assert moved != name.startswith("encoders.text.encoder."), name

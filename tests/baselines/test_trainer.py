@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,13 +15,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from lanistr.baselines import Method, Pretrains
+from lanistr.baselines.late_fusion import LateFusionMethod
+from lanistr.baselines.medfuse import MedFuseMethod
+from lanistr.baselines.pretrained import AlbefMethod, Tab2TxtMethod
 from lanistr.baselines.trainer import Keeper, fit_classifier, minimise
 from lanistr.batch import Batch
+from lanistr.comparison.grid import Splits
 from lanistr.data.loader import Collator
+from lanistr.modalities.text import TextEncoder
 from lanistr.training.finetune import make_task
 from lanistr.training.run import train_loader
 from lanistr.training.schedule import lr_at
-from tests.baselines.planted import planted_gold, planted_recipe, planted_splits
+from tests.baselines.planted import planted_gold, planted_recipe, planted_splits, publish_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +91,7 @@ def test_the_same_as_lanistr_under_deepspeed(tmp_path: Path) -> None:
     splits = planted_splits(tmp_path / "again", recipe=recipe)
     assert splits.train.content_id == json.loads((gold / "manifest.json").read_text())["content_id"]
     task = make_task(recipe, splits.train.manifest, "cpu")
-    ours_NC = fit_classifier(task, splits.draw(48, 0), splits.val, recipe)(splits.test)
+    ours_NC = fit_classifier(task, splits.draw(48, 0), splits.val, recipe, task.model, [])(splits.test)
     np.testing.assert_allclose(ours_NC, theirs_NC, atol=1e-4)
 
 
@@ -113,3 +122,27 @@ def test_the_first_of_equally_good_weights_stay_and_patience_counts_from_them(tm
     assert stopped.index(True) == 11  # two validations without improvement
     keeper.restore()
     assert task.seen.item() == 1
+
+
+@pytest.mark.parametrize("name", ["late_fusion", "medfuse", "tab2txt", "albef"])
+def test_with_frozen_encoders_the_cache_changes_no_answer_and_saves_their_passes(name: str, tmp_path: Path) -> None:
+    gold = planted_gold(tmp_path / "gold")
+    found: dict[bool, tuple[np.ndarray, int]] = {}
+    published = publish_text(tmp_path / "bert")
+    for cache in (False, True):
+        recipe = planted_recipe(pretrain__max_steps=1, finetune__cache=cache, finetune__freeze=["text"], **published)
+        folder = tmp_path / f"{cache}"
+        made: dict[str, Callable[[], Method]] = {
+            "late_fusion": partial(LateFusionMethod, recipe),
+            "medfuse": partial(MedFuseMethod, recipe, None),
+            "tab2txt": partial(Tab2TxtMethod, recipe, gold, folder, 1),
+            "albef": partial(AlbefMethod, recipe, gold, folder, 1),
+        }
+        method, splits = made[name](), Splits.open(recipe, gold)
+        if isinstance(method, Pretrains):
+            method.pretrain(0)
+        with patch.object(TextEncoder, "encode", autospec=True, side_effect=TextEncoder.encode) as encode:
+            answer = method.fit(splits.draw(48, 0), splits.val, 0)
+        found[cache] = answer(splits.test), encode.call_count
+    np.testing.assert_allclose(found[True][0], found[False][0], atol=1e-4)
+    assert found[True][1] <= 4 < found[False][1]  # a pass over train and one over val, of each stage of MedFuse

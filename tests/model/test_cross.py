@@ -112,9 +112,10 @@ def test_a_frozen_encoder_has_no_masked_loss_and_its_cache_is_what_it_says_of_cl
     model = make_pretrain(dataset.modalities, recipe=recipe).model
     task = Pretrain(model, dataset.modalities, recipe.model.fusion, recipe.objective, 0, ["text"])
     wanted = {"train": np.arange(dataset.n), "val": np.arange(val.n)}
-    cached, _ = cache_features(
-        task, recipe.pretrain, ["text"], dataset, val, wanted, tmp_path, torch.device("cpu"), 0
-    )  # fmt: skip
+    splits = {"train": dataset, "val": val}
+    cached = cache_features(
+        model, recipe.pretrain, ["text"], splits, wanted, tmp_path, torch.device("cpu"), 0
+    )["train"]  # fmt: skip
     totals = task(batch_of(cached, 2))
     assert "mlm" not in totals
     torch.stack(list(totals.values())).sum().backward()

@@ -56,7 +56,9 @@ class Run:
         shared = isinstance(self.config.cache, str)
         train = self.train.labelled(None, 0) if shared else self.positions
         wanted = {"train": train, "val": self.val.labelled(None, 0)}
-        return cache_features(self.task, self.config, self.frozen, self.train, self.val, wanted, self.folder, CPU, 0)
+        splits = {"train": self.train, "val": self.val}
+        found = cache_features(self.task.model, self.config, self.frozen, splits, wanted, self.folder, CPU, 0)
+        return found["train"], found["val"]
 
     def loader(self, train: GoldDataset) -> TrainLoader:
         dropout = self.config.modality_dropout
