@@ -85,12 +85,12 @@ def make_set(folder: Path, like: Path, samples: int, seed: int) -> Path:
     return build(recipe, folder / "raw", folder / "lake")
 
 
-def materials(run: Path, gold: Path, samples: int, labels: int, seed: int) -> tuple[Material, Material]:
-    """What the probe sees of one set: as it is, and with the planted factors."""
+def materials(run: Path, gold: Path, samples: int, labels: list[int], seed: int) -> Iterator[tuple[str, int, Material]]:
+    """What the probe sees of one set: as it is with each number of labels, and with the planted factors with the least."""
     recipe = load_recipe(str(run / "recipe.yaml"))
     modalities = make_modalities(Manifest.load(gold), recipe.model.modalities)
     dataset = open_split(gold, "train", modalities, recipe.data)
-    labelled = dataset.labelled(labels, seed)
+    labelled = dataset.labelled(max(labels), seed)
     embedded = gather(run, recipe, dataset, labelled, seed)
     others = np.setdiff1d(np.arange(dataset.n), labelled)
     rng = np.random.default_rng([seed, 2])  # the same samples as `gather`
@@ -102,7 +102,12 @@ def materials(run: Path, gold: Path, samples: int, labels: int, seed: int) -> tu
     features = {name: hot[factor] for name, factor in OF.items()}
     features["text"] = np.concatenate([hot["text"], hot["mood"]], axis=1)
     features["tabular"] = np.zeros((len(positions), 1))  # the columns say it all
-    return embedded, replace(embedded, features=features, plain={})
+    planted = replace(embedded, features=features, plain={})
+    for count in labels:  # the samples whose labels go stay among those that shape the features
+        truth = embedded.truth.take(np.arange(count))
+        yield "as it is", count, replace(embedded, truth=truth)
+        if count == min(labels):
+            yield "planted factors", count, replace(planted, truth=truth)
 
 
 def summarise(arm: str, labels: int, found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -217,13 +222,10 @@ def measure_set(arguments: argparse.Namespace, seed: int) -> Iterator[tuple[tupl
     """Arm and labels, what was measured, and CPU seconds, of one set."""
     with tempfile.TemporaryDirectory() as folder:
         gold = make_set(Path(folder), arguments.data.resolve(), arguments.samples, seed)
-        for labels in arguments.labels:
-            as_is, factors = materials(arguments.source, gold, arguments.samples, labels, seed)
-            arms = {"as it is": as_is, "planted factors": factors}
-            for arm in list(arms) if labels == min(arguments.labels) else ["as it is"]:
-                start = time.process_time()
-                one = measure(arms[arm], arguments.draws, seed)
-                yield (arm, labels), one, time.process_time() - start
+        for arm, labels, material in materials(arguments.source, gold, arguments.samples, arguments.labels, seed):
+            start = time.process_time()
+            one = measure(material, arguments.draws, seed)
+            yield (arm, labels), one, time.process_time() - start
 
 
 if __name__ == "__main__":

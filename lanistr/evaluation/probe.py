@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # in units of a source's mean squared norm, which is 1
-PRODUCTS = (0.0, 1.0, 4.0, 16.0)  # rho
+PRODUCTS = (0.0, 1.0, 4.0)  # rho
 FOLDS, INNER = 5, 2
 BY_CHANCE = 1.0  # an alignment of so many deviations is what noise has
 PAIR_SHOWS = 3.0  # products of kernels are fitted from here: there are many pairs
