@@ -85,5 +85,6 @@ class Validator:
         if rank == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "samples": len(self.positions), **terms}) + "\n")
-            logger.info("step %d: validation  %s", step, "  ".join(f"{n} {v:.4f}" for n, v in terms.items()))
+            note = "" if step else "  (before training: batch norms know no data yet, what they feed may be huge)"
+            logger.info("step %d: validation  %s%s", step, "  ".join(f"{n} {v:.4f}" for n, v in terms.items()), note)
         return terms

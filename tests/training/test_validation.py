@@ -1,6 +1,7 @@
 """Validation of pretraining against a loop over single samples."""
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -49,6 +50,14 @@ def test_terms_are_means_over_the_held_out_samples(tmp_path: Path) -> None:
     for name in task.weights:
         assert found[name] == pytest.approx(sums[name] / counts[name], rel=1e-4), name
     assert rows(tmp_path) == [{"step": 5, "samples": 37, **found}]
+
+
+def test_the_line_of_step_0_says_why_a_term_may_be_huge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="lanistr")
+    validator, _ = make(tmp_path, eval_every=4)
+    validator.begin(0)
+    validator.after_step(4)
+    assert ["before training" in line for line in caplog.messages] == [True, False]
 
 
 def test_measures_first_last_and_between_and_leaves_training_mode_and_weights_alone(tmp_path: Path) -> None:
