@@ -228,14 +228,13 @@ class _MicroBatches:
         return replace(batch, loading=Loading(planned - begin, read - planned, done - read, tuple(replaced)))
 
     def _read(self, items: np.ndarray, epoch: int, replaced: list[tuple[str, str]]) -> list[Sample]:
-        repeats, positions = np.divmod(items, self.plan.samples)
+        repeats_G, positions_G = np.divmod(items, self.plan.samples)
         if self.positions is not None:
-            positions = self.positions[positions]
-        found = read_samples(self.dataset, positions.tolist(), repeats.tolist(), (self.collator.seed, epoch))
+            positions_G = self.positions[positions_G]
+        positions, repeats = positions_G.tolist(), repeats_G.tolist()
+        found = read_samples(self.dataset, positions, repeats, (self.collator.seed, epoch))
         return [
-            self._substitute(int(position), int(repeat), epoch, sample, replaced)
-            if isinstance(sample, CorruptSample)
-            else sample
+            self._substitute(position, repeat, epoch, sample, replaced) if isinstance(sample, CorruptSample) else sample
             for position, repeat, sample in zip(positions, repeats, found, strict=True)
         ]
 
