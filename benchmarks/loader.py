@@ -334,8 +334,8 @@ def main() -> int:
         ):
             print(f"end to end, {case} ...", file=sys.stderr)
             rows.append(end_to_end_row(where, samples, rounds, case, pipeline, views))
-        rows += rate_rows(folder, text, rounds)
-        rows += latency_rows(folder, rounds)
+        rows += rate_rows(short, text, rounds)
+        rows += latency_rows(short, rounds)
         print("memory ...", file=sys.stderr)
         rows.append(
             {"case": "memory/small samples", **_harness.in_fresh_process(__file__, ["--memory-of", str(small)])}
