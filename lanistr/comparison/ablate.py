@@ -95,7 +95,11 @@ def _without_modality(recipe: Recipe, name: str) -> Recipe:
     crossing = [other for other in recipe.objective.cross if other != name]
     objective = recipe.objective.model_copy(update={"cross": crossing if len(crossing) > 1 else []})
     model = recipe.model.model_copy(update={"modalities": kept})
-    return recipe.model_copy(update={"model": model, "objective": objective})
+    changed = recipe.model_copy(update={"model": model, "objective": objective})
+    if name not in recipe.pretrain.freeze:
+        return changed
+    frozen = [other for other in recipe.pretrain.freeze if other != name]
+    return _pretrained(changed, {"freeze": frozen, "cache": recipe.pretrain.cache if frozen else False})
 
 
 def _without_loss(recipe: Recipe, term: str) -> Recipe:

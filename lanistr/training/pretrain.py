@@ -117,8 +117,9 @@ def _cached(
 ) -> tuple[GoldDataset, GoldDataset]:
     """What is trained and validated on, with the outputs of the frozen encoders in the place of their inputs."""
     config = recipe.pretrain
+    shared = isinstance(config.cache, str)  # then it serves other shares of train, too
     wanted = {
-        "train": np.arange(train.n) if positions is None else positions,
+        "train": np.arange(train.n) if shared or positions is None else positions,
         "val": np.arange(min(val.n, config.eval_samples)),
     }
     splits = {"train": train, "val": val}

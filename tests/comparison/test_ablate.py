@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lanistr.baselines.frozen import FrozenLanistr
 from lanistr.baselines.ours import Pretraining
 from lanistr.comparison.ablate import choose, make_arms, make_method
 from lanistr.config import PretrainConfig
 from lanistr.data.reader import GoldDataset
+from lanistr.training import pretrain
 from lanistr.training.pretrain import choose_samples
-from tests.model.support import NAMES, RECIPE, make_modalities, recipe_with
+from tests.model.support import NAMES, RECIPE, make_modalities, make_pretrain, recipe_with
 from tests.tiny_gold import write_gold
 
 TERMS = {name: modality.term for name, modality in make_modalities().items()}
@@ -47,6 +49,27 @@ def test_a_modality_that_is_left_out_predicts_nothing_and_is_not_predicted() -> 
     assert arms["without_image"][1].objective.cross == ["text", "tabular"]
     two = recipe_with(objective__cross=["text", "image"])
     assert make_arms(two, TERMS)["without_image"][1].objective.cross == []
+
+
+def test_without_the_frozen_modality_nothing_is_frozen_or_cached() -> None:
+    recipe = recipe_with(pretrain__freeze=["text"], pretrain__cache="features")
+    arms = make_arms(recipe, TERMS)
+    assert (arms["without_text"][1].pretrain.freeze, arms["without_text"][1].pretrain.cache) == ([], False)
+    assert arms["without_image"][1].pretrain == recipe.pretrain
+
+
+def test_a_shared_cache_serves_every_share_of_train_and_one_in_the_run_holds_what_is_used(tmp_path: Path) -> None:
+    gold = write_gold(tmp_path / "gold", {"train": 40, "val": 18}, lambda i: list(NAMES))
+    for cache, held in ((str(tmp_path / "shared"), 40), (True, 20)):
+        recipe = recipe_with(pretrain__share=0.5, pretrain__cache=cache, pretrain__freeze=["text"])
+        train, val = (GoldDataset(gold, split, make_modalities()) for split in ("train", "val"))
+        positions = choose_samples(train, recipe.pretrain)
+        task = make_pretrain(train.modalities, recipe=recipe)
+        cached, _ = pretrain._cached(task, recipe, train, val, positions, tmp_path, torch.device("cpu"))
+        assert positions is not None
+        assert cached.read(int(positions[-1])).contents
+        folder = tmp_path / ("features" if cache is True else "shared")
+        assert len(np.load(folder / "train-00000-positions.npy")) == held
 
 
 def test_a_frozen_arm_is_a_logistic_regression_on_a_run_of_its_own(tmp_path: Path) -> None:
