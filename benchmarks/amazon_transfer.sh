@@ -25,7 +25,7 @@ if [ "$recipe" = amazon_minilm_mlm ]; then
   done
   exit
 fi
-methods=majority,tfidf,trees,probe,frozen_scratch,frozen,lanistr_scratch,lanistr
+methods=majority,tfidf,trees,probe,latefusion,medfuse_all,tab2txt,frozen_scratch,frozen,lanistr_scratch,lanistr
 for name in fashion beauty; do
   mkdir -p runs/compare_$name
   if [ $name = beauty ]; then  # the same pretraining serves both
