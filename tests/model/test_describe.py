@@ -34,6 +34,12 @@ def test_cls_only_fusion_and_cls_similarity_cost_what_they_say() -> None:
     assert work["SimMMM projector"].tokens == 2
 
 
+def test_modalities_that_predict_each_other_cost_fusion_more_passes() -> None:
+    plain, cross = count_work(recipe_with()), count_work(recipe_with(objective__cross=["text", "tabular"]))
+    assert cross["fusion encoder"].flops > plain["fusion encoder"].flops
+    assert cross["text encoder"] == plain["text encoder"]
+
+
 def test_official_preset_reconciles_with_table_5_part_by_part() -> None:
     parts = count_parts(load_recipe("official"))
     millions = {part: round(n / 1e6, 2) for part, n in parts.items()}
