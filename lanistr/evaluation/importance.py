@@ -257,15 +257,21 @@ def _columns(values: Values, game: Game) -> list[dict[str, Any]]:
 
 
 def _column_pairs(values: Values, game: Game) -> list[dict[str, Any]]:
-    """What a column and another modality tell together beyond the sum of both alone; found only where all tests hold."""
+    """What a column and another modality tell together beyond the sum of both alone; found only where all tests hold.
+
+    Two that tell nothing overfit, each alone and both together: a sum below zero is no proof. So together they must also
+    tell more than the better of them.
+    """
     pairs = [(p, m, c) for m, c in game.columns for p in game.others(m)]
     z = NormalDist().inv_cdf(1 - 0.025 / max(1, len(pairs)))  # Bonferroni
     rows = []
     for player, modality, column in pairs:
         one: Case = (f"{modality}/{column}",)
-        strict = values.difference([(player, *one)], [(player,), one], z)
+        better = max(((player,), one), key=lambda case: values.value[case])
+        strict = [values.difference([(player, *one)], alone, z) for alone in ([(player,), one], [better])]
         row = values.difference([(player, *one)], [(player,), one])
-        rows.append({"pair": [player, f"{modality}/{column}"], **row, "found": strict["ci95"][0] > 0})
+        found = all(test["ci95"][0] > 0 for test in strict)
+        rows.append({"pair": [player, f"{modality}/{column}"], **row, "found": found})
     return sorted(rows, key=lambda row: -row["value"])
 
 

@@ -14,7 +14,7 @@ from etl.sources.synthetic import draw_factors
 from lanistr.data.reader import GoldDataset
 from lanistr.evaluation.advice import advise
 from lanistr.evaluation.embed import embed
-from lanistr.evaluation.importance import importance, measure
+from lanistr.evaluation.importance import Game, Values, _column_pairs, importance, measure
 from lanistr.evaluation.importance_report import write_importance
 from lanistr.evaluation.material import Material, gather
 from lanistr.evaluation.probe import Truth
@@ -84,6 +84,17 @@ def test_the_planted_interaction_is_found_and_named_by_column(found: dict) -> No
     assert found["pairs"][0]["ci95"][0] > 0
     shown = [row["pair"] for row in found["column_pairs"] if row["found"]]
     assert shown == [["text", "tabular/weight_kg"]]
+
+
+@pytest.mark.parametrize(("together", "said"), [(-0.01, False), (0.05, True)])
+def test_two_that_overfit_alone_and_together_are_no_pair(together: float, said: bool) -> None:
+    rng = np.random.default_rng(0)
+    value = {("text",): -0.01, ("tabular/c",): -0.01, ("text", "tabular/c"): together}
+    values = Values(value, {case: mean + rng.normal(0, 0.001, 40) for case, mean in value.items()}, 1.0)
+    game = Game(["text", "tabular"], [("tabular", "c")], {})
+    (row,) = _column_pairs(values, game)
+    assert row["ci95"][0] > 0
+    assert row["found"] == said
 
 
 def test_the_noise_column_is_last_and_the_column_that_tells_nothing_alone_is_not(found: dict) -> None:
