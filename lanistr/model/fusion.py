@@ -24,7 +24,9 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: FusionConfig, backend: str):
         super().__init__()
         width = config.width
-        self.cls = nn.Parameter(torch.zeros(1, width))
+        # FLAVA's starts at zero. Of a sample that has nothing else, each layer norm would then see a constant row, and
+        # multiply its gradient by 1 / sqrt(norm_eps): infinite after three layers.
+        self.cls = nn.Parameter(config.init_std * torch.randn(1, width))
         self.blocks = nn.ModuleList(
             Block(
                 width,

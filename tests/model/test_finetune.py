@@ -49,6 +49,17 @@ def make_task(target: Target = "class", **finetune: Any) -> Finetune:
     return Finetune(model, RECIPE.model.fusion.width, 3, FinetuneConfig(**finetune), 0, target).eval()
 
 
+def test_a_sample_that_has_nothing_leaves_the_gradients_of_a_fresh_model_in_their_range() -> None:
+    norms = []
+    for presence in ([["text"], ["text"]], [["text"], []]):
+        task = make_task()
+        batch, _ = make_batch(presence, [0, 1])
+        torch.nn.functional.cross_entropy(task.logits(batch)["cls"], torch.tensor([0, 1])).backward()
+        gradients = [p.grad for p in task.model.fusion.parameters() if p.grad is not None]
+        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+    assert max(norms) < 100, norms
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "modalities"])
 def test_classifier_sees_each_samples_own_tokens(pooling: Literal["cls", "mean", "modalities"]) -> None:
     modalities = make_modalities()
