@@ -19,13 +19,13 @@ compare() {  # NAME RECIPE further arguments
   python -m lanistr compare "$2" --data "lake/gold/amazon_$1" --pretrain-data lake/gold/amazon_office --seeds 5 \
     --labels 512 --metric accuracy,macro_f1 "${@:3}" "$text"
 }
+methods=majority,tfidf,trees,probe,lanistr_scratch,lanistr
 if [ "$recipe" = amazon_minilm_mlm ]; then
   for name in fashion beauty; do
-    compare $name $recipe --methods majority,tfidf,trees,probe,lanistr_scratch,lanistr --out runs/compare_${name}_mlm
+    compare $name $recipe --methods $methods --out runs/compare_${name}_mlm
   done
   exit
 fi
-methods=majority,tfidf,trees,probe,latefusion,medfuse_all,tab2txt,frozen_scratch,frozen,lanistr_scratch,lanistr
 for name in fashion beauty; do
   mkdir -p runs/compare_$name
   if [ $name = beauty ]; then  # the same pretraining serves both
