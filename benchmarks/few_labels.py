@@ -28,6 +28,7 @@ from lanistr.comparison.table import Truth, make_rows, markdown
 from lanistr.config import Recipe, load_recipe
 from lanistr.metrics import METRICS
 from lanistr.training import distributed
+from lanistr.training.engine import start
 from lanistr.training.lifeline import end_process
 
 METRIC = "accuracy"
@@ -61,6 +62,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         labels: arms(schedule(recipe, labels or everything, arguments.steps, arguments.looks), arguments)
         for labels in arguments.labels
     }
+    start()  # once for all grids: a second process group in one process does not fit
     for seeds in range(1, arguments.seeds + 1):
         cells = [
             cell

@@ -102,7 +102,7 @@ def run_grid(
     if table_only:
         return cells
     logger.info("%d cells, %d of them done before", len(cells), len(cells) - len(todo))
-    begin = time.perf_counter()
+    begin, joined = time.perf_counter(), distributed.is_joined()
     try:
         for done, cell in enumerate(todo, 1):
             with store.claim(cell) as mine:
@@ -119,5 +119,6 @@ def run_grid(
                 "%d/%d  %-28s %.4f  %6.1f s  about %s left", done, len(todo), cell.name, value, found.seconds, left
             )
     finally:
-        distributed.shutdown()  # which trainings of this process have joined
+        if not joined:
+            distributed.shutdown()  # what trainings of this grid have joined
     return cells

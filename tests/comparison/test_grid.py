@@ -12,6 +12,7 @@ from lanistr.comparison.cells import Answer, Cell, CellStore
 from lanistr.comparison.grid import Splits, run_grid
 from lanistr.comparison.table import Truth, make_rows, markdown
 from lanistr.metrics import accuracy
+from lanistr.training import distributed
 from tests.model.support import NAMES, RECIPE
 from tests.tiny_gold import write_gold
 
@@ -140,3 +141,14 @@ def test_each_metric_has_its_table(tmp_path: Path) -> None:
     text = markdown(rows, {}, "ours")
     assert text.index("Test accuracy on toy") < text.index("| ours | 0.750") < text.index("Test macro_f1 on toy")
     assert "| ours | 0.429" in text
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_world_that_the_caller_joined_is_the_callers_to_leave(
+    joined: bool, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+    monkeypatch.setattr(distributed, "is_joined", lambda: joined)
+    monkeypatch.setattr(distributed, "shutdown", lambda: left.append(True))
+    run_grid({"a": Recorder()}, [6], 1, splits, CellStore(tmp_path / "out", {}), accuracy)
+    assert left == ([] if joined else [True])
