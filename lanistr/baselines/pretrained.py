@@ -6,6 +6,7 @@ own; with ``pretrain.cache`` they run once per sample, for all seeds.
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -189,7 +190,8 @@ class AlbefMethod(PretrainedMethod):
     def make(self, recipe: Recipe, dataset: GoldDataset) -> Made:
         """Over all samples that have a text; where the text is frozen, over those that have an image, too.
 
-        Without masked language modelling the others teach nothing: batches lose them, and there are as many steps.
+        Without masked language modelling the others teach nothing. As many steps of as many samples are taken all the
+        same, so that contrast has its negatives: over the pairs again and again.
         """
         config, names = recipe.pretrain, {m.kind: name for name, m in dataset.modalities.items()}
         if names.keys() != {"text", "image"}:
@@ -207,8 +209,9 @@ class AlbefMethod(PretrainedMethod):
         masked, steps = names["text"] not in config.freeze, max(1, len(positions_N) // config.global_batch)
         if not masked:
             positions_N = positions_N[has_image_N[positions_N]]
-            smaller = {"global_batch": max(2, pairs // steps), "micro_batch": None, "max_tokens": None}
-            config = config.model_copy(update=smaller)
+            batch, total = min(config.global_batch, pairs), steps * config.epochs
+            again = {"max_steps": min(total, config.max_steps or total), "epochs": math.ceil(total / (pairs // batch))}
+            config = config.model_copy(update={"global_batch": batch, "micro_batch": None, "max_tokens": None} | again)
         task = AlbefPretrain(
             recipe.model, dataset.modalities, self.albef, pairs, steps, bits, pick_device().type, config.freeze
         )

@@ -20,6 +20,8 @@ from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import intact, read_samples
 from lanistr.metrics import accuracy
 from lanistr.training.features import cache_features
+from lanistr.training.loop import total_steps
+from lanistr.training.run import train_loader
 from tests.baselines.planted import CHANCE, planted_gold, planted_recipe, planted_splits, publish_text
 
 P, Q, E = 4, 3, 5
@@ -243,7 +245,9 @@ def test_a_frozen_text_pairs_and_matches_as_from_its_cache_without_masked_words(
     assert positions is not None
     assert ((dataset.presence[positions] & (bits["text"] | bits["image"])) == bits["text"] | bits["image"]).all()
     texts = int(((dataset.presence & bits["text"]) > 0).sum())
-    assert len(positions) // made.config.global_batch == texts // 24  # as many steps as with all texts
+    loader = train_loader(dataset, made.collator, recipe.data, made.config, positions)
+    assert made.config.global_batch == 24  # contrast keeps its negatives, and takes as many steps as with all texts
+    assert total_steps(loader, made.config) == texts // 24 * recipe.pretrain.epochs > len(positions) // 24
     wanted = {"train": positions}
     cached = cache_features(
         task.model, recipe.pretrain, ["text"], {"train": dataset}, wanted, tmp_path, torch.device("cpu"), 0
