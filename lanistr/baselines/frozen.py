@@ -53,9 +53,13 @@ class FrozenLanistr:
         tables = any(train.dataset.modalities[name].kind == "tabular" for name in names)
         dense = Dense(features_of(train), cardinalities(train.dataset), ("table",)) if tables else None
 
+        units = {
+            name: Unit.of(block_ND) for name, block_ND in embed_labelled(model, _narrow(train.dataset, names)).items()
+        }
+
         def blocks(subset: Subset) -> Mapping[str, np.ndarray]:
-            embedded = embed_labelled(model, _narrow(subset.dataset, names))
-            found = {name: block_ND[labelled_rows(subset)] for name, block_ND in embedded.items()}
+            embedded, rows_N = embed_labelled(model, _narrow(subset.dataset, names)), labelled_rows(subset)
+            found = {name: units[name](block_ND[rows_N]) for name, block_ND in embedded.items()}
             return found | ({"columns": dense(features_of(subset))} if dense else {})
 
         return best_of_blocks(blocks, train, val)
@@ -145,7 +149,7 @@ def _load(recipe: str, train: GoldDataset, run: Path | None) -> Lanistr:
 
 @lru_cache(maxsize=12)  # three splits of each model
 def embed_labelled(model: Lanistr, dataset: GoldDataset) -> dict[str, np.ndarray]:
-    """(N, D) per block of all labelled samples of a split; rows of length 1, zeros where a modality is absent."""
+    """(N, D) per block of all labelled samples of a split; NaN where a modality is absent."""
     from lanistr.evaluation.embed import embed
 
     positions_N, names = dataset.labelled(None, 0), list(model.encoders)
@@ -155,10 +159,29 @@ def embed_labelled(model: Lanistr, dataset: GoldDataset) -> dict[str, np.ndarray
         others = {other: 1.0 for other in names if other != name}
         alone = embed(model, HidingDataset(dataset, others, 0), positions_N).fused_ND
         found[f"{name}_alone"] = np.where(whole.present[name][:, None], alone, np.nan)
-    return {name: _unit(block_ND) for name, block_ND in found.items()}
+    return found
 
 
-def _unit(block_ND: np.ndarray) -> np.ndarray:
-    """Rows less the mean row, of length 1 on average; zeros for rows of NaN."""
-    centred = block_ND - np.nanmean(block_ND, axis=0)
-    return np.nan_to_num(centred / np.sqrt(np.nanmean((centred**2).sum(1)))).astype(np.float32)
+@dataclass(frozen=True)
+class Unit:
+    """Standardises a block by samples of train.
+
+    Attributes:
+        mean_D: of the rows.
+        length: root mean square of the rows less the mean.
+    """
+
+    mean_D: np.ndarray
+    length: float
+
+    @classmethod
+    def of(cls, block_ND: np.ndarray) -> "Unit":
+        """As these rows are; those of NaN do not count."""
+        present_ND = block_ND[~np.isnan(block_ND).any(1)].astype(np.float64)
+        mean_D = present_ND.mean(0) if len(present_ND) else np.zeros(block_ND.shape[1])
+        length = float(np.sqrt(((present_ND - mean_D) ** 2).sum(1).mean())) if len(present_ND) else 0.0
+        return cls(mean_D, length or 1.0)
+
+    def __call__(self, block_ND: np.ndarray) -> np.ndarray:
+        """Rows less the mean, of length 1 on average; zeros for rows of NaN."""
+        return np.nan_to_num((block_ND - self.mean_D) / self.length).astype(np.float32)

@@ -7,8 +7,9 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from lanistr.baselines import Subset
-from lanistr.baselines.frozen import ADDED, STRENGTHS, FrozenLanistr, best_of_blocks, embed_labelled
+from lanistr.baselines.frozen import ADDED, STRENGTHS, FrozenLanistr, Unit, best_of_blocks, embed_labelled
 from lanistr.data.reader import GoldDataset
+from lanistr.data.samples import read_samples
 from lanistr.metrics import log_loss
 from lanistr.model.lanistr import build_model
 from tests.model.support import NAMES, RECIPE, make_modalities
@@ -53,11 +54,39 @@ def test_a_modality_alone_is_embedded_as_in_samples_that_have_nothing_else(tmp_p
     found = embed_labelled(model, train.dataset)
     only_text = np.flatnonzero(np.arange(24) % 3 == 0)
     assert set(found) == {*NAMES, "fused", *(f"{name}_alone" for name in NAMES)}
-    assert all((found[name][only_text] == 0).all() for name in found if name.split("_")[0] in NAMES[1:])
-    # With nothing but a text both are one embedding, up to the mean and length that standardise each block.
-    fused, alone = (np.float64(found[name][only_text]) for name in ("fused", "text_alone"))
-    ratios = np.diff(fused, axis=0) / np.diff(alone, axis=0)
-    np.testing.assert_allclose(ratios, ratios.mean(), rtol=1e-2)
+    assert all(np.isnan(found[name][only_text]).all() for name in found if name.split("_")[0] in NAMES[1:])
+    np.testing.assert_allclose(found["text_alone"][only_text], found["fused"][only_text], rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_is_standardised_by_the_rows_of_train_that_are_there() -> None:
+    rng = np.random.default_rng(0)
+    train, other = rng.normal(3, 2, size=(50, 4)), rng.normal(size=(5, 4))
+    train[7], other[2] = np.nan, np.nan
+    unit = Unit.of(train)
+    kept = np.delete(unit(train), 7, axis=0).astype(np.float64)
+    np.testing.assert_allclose(kept.mean(0), 0, atol=1e-6)
+    assert abs((kept**2).sum(1).mean() - 1) < 1e-6
+    assert (unit(train)[7] == 0).all()
+    assert (unit(other)[2] == 0).all()
+    np.testing.assert_array_equal(unit(other)[3:], unit(other[3:]))  # whatever it is asked together with
+    assert (Unit.of(np.full((3, 2), np.nan))(np.zeros((1, 2))) == 0).all()
+
+
+def test_an_answer_does_not_depend_on_the_other_samples_of_its_split(tmp_path: Path) -> None:
+    _, train, val = open_tiny(tmp_path)
+    answer = FrozenLanistr(RECIPE, None).fit(train, val, 0)
+    shorter = write_gold(tmp_path / "shorter", {"train": 24, "val": 5}, lambda i: NAMES if i % 3 else ["text"])
+    dataset = GoldDataset(shorter, "val", make_modalities())
+    alike = Subset(dataset, dataset.labelled(None, 0))
+    keys = [
+        {sample.key: i for i, sample in enumerate(read_samples(s.dataset, s.positions_N.tolist()))}
+        for s in (alike, val)
+    ]
+    assert len(keys[0]) == 5
+    assert keys[0].keys() < keys[1].keys()
+    whole, part = answer(val), answer(alike)
+    for key, i in keys[0].items():
+        np.testing.assert_allclose(part[i], whole[keys[1][key]], atol=1e-6)
 
 
 def test_the_method_answers_from_scratch_and_from_a_run(tmp_path: Path) -> None:
