@@ -55,13 +55,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The robustness card as a result file")
     parser.add_argument("runs", type=Path, nargs="+", help="finished fine-tuning runs")
     parser.add_argument("--data", type=Path, required=True, help="gold dataset with labels")
-    parser.add_argument("--methods", default="", help="baselines of `compare`, fitted on the labels of the first run")
+    parser.add_argument("--methods", default="", help="baselines of `compare`, fitted on what each run was given")
     parser.add_argument("--rates", type=float, nargs="+", default=[0, 0.5, 1])
     parser.add_argument("--draws", type=int, default=1, help="of what is hidden")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     names = [name for name in arguments.methods.split(",") if name]
-    rivals = fit_rivals(names, arguments.runs[0], arguments.data, arguments.runs[0].parent, None)
+    rivals = fit_rivals(names, arguments.runs, arguments.data, arguments.runs[0].parent, None)
     found = measure_robustness(
         arguments.runs, arguments.data, "test", None, None, arguments.rates, arguments.draws, rivals
     )

@@ -21,7 +21,7 @@ def add_robustness(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--rates", default="0,0.25,0.5,0.75,1", help="default 0,0.25,0.5,0.75,1")
     parser.add_argument("--seeds", type=int, default=2, help="draws of what is hidden (default 2)")
     parser.add_argument(
-        "--methods", help="baselines of `compare`, for example tfidf,trees: fitted on the labels of the first run"
+        "--methods", help="baselines of `compare`, for example tfidf,trees: fitted on what each run was given"
     )
     parser.add_argument("--text-encoder", type=Path, help="folder of a BERT for the probes (default: MiniLM's package)")
     parser.set_defaults(run=run_robustness)
@@ -38,7 +38,7 @@ def run_robustness(arguments: argparse.Namespace) -> str:
         from lanistr.comparison.rivals import fit_rivals
 
         names, work = _names(arguments.methods), arguments.out / "runs"
-        rivals = fit_rivals(names, arguments.runs[0], arguments.data, work, arguments.text_encoder)
+        rivals = fit_rivals(names, arguments.runs, arguments.data, work, arguments.text_encoder)
     found = measure_robustness(
         arguments.runs,
         arguments.data,

@@ -49,12 +49,33 @@ def test_what_was_hidden_from_the_run_is_hidden_from_the_baselines(gold: Path, t
 
     hide = dict.fromkeys(NAMES, 1.0)
     run = write_tuned(tmp_path / "blind", gold, recipe_with(finetune__hide=hide))
-    (rival,) = fit_rivals(["trees"], run, gold, tmp_path / "work", None)
+    (rival,) = fit_rivals(["trees"], [run], gold, tmp_path / "work", None)
     split = load_tuned(run, gold, "test").dataset
     outputs, truth = rival.answer(split, np.arange(N))
     assert np.ptp(outputs, axis=0).max() < 1e-6, "nothing could be learnt but the classes' shares"
     np.testing.assert_array_equal(truth, split.label)
     assert (rival.labels, rival.train_hidden) == (8, hide)
+
+
+def test_runs_that_were_given_different_things_have_rivals_of_their_own(gold: Path, tmp_path: Path) -> None:
+    from lanistr.comparison.rivals import fit_rivals
+
+    hide = {"text": 1.0}
+    runs = [
+        write_tuned(tmp_path / name, gold, recipe)
+        for name, recipe in [
+            ("whole-0", recipe_with()),
+            ("again-0", recipe_with(finetune__modality_dropout=0.5)),
+            ("hidden-0", recipe_with(finetune__hide=hide)),
+            ("whole-1", recipe_with(finetune__seed=1)),
+        ]
+    ]
+    rivals = list(fit_rivals(["majority"], runs, gold, tmp_path / "work", None))
+    assert [(rival.name, rival.train_hidden) for rival in rivals] == [
+        ("majority as whole-0", {}),
+        ("majority as hidden-0", hide),
+        ("majority as whole-1", {}),
+    ]
 
 
 def test_a_narrowed_split_hides_what_it_hid(gold: Path) -> None:
