@@ -75,6 +75,8 @@ class PaddedModel(nn.Module):
         logits_BC = self.task.classifier(self._pool(tokens, keeps))
         for (_, classifier), x_BLD, keep_BL in zip(self.task.unimodal.items(), tokens, keeps, strict=False):
             logits_BC = logits_BC + classifier(_mean(x_BLD, keep_BL)) * keep_BL.any(1, keepdim=True)
+        known_B1 = torch.cat(keeps, dim=1).any(1, keepdim=True)
+        logits_BC = torch.where(known_B1, logits_BC, self.task.prior)
         if self.task.target == "regression":
             return logits_BC * self.task.target_std + self.task.target_mean
         return logits_BC.softmax(-1) if self.task.target == "class" else logits_BC.sigmoid()

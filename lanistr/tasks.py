@@ -175,9 +175,11 @@ class Finetune(nn.Module):
 
     Attributes:
         weights: ``cls`` 1, and ``cls_<modality>`` where each modality has a classifier of its own.
+        prior: logits of a sample of which nothing is known: the shares of the labels in use, one more of each counted.
     """
 
     class_weights: Tensor
+    prior: Tensor
     target_mean: Tensor
     target_std: Tensor
 
@@ -199,13 +201,14 @@ class Finetune(nn.Module):
                 self.unimodal.update({name: make_classifier(width, outputs, config) for name in model.encoders})
                 self.weights |= {f"cls_{name}": config.unimodal for name in model.encoders}
         self.register_buffer("class_weights", torch.ones(outputs), persistent=False)
+        self.register_buffer("prior", torch.zeros(outputs))  # travels with the weights
         if target == "regression":  # learnt in units of the labels' deviation, which travels with the weights
             self.register_buffer("target_mean", torch.zeros(outputs))
             self.register_buffer("target_std", torch.ones(outputs))
 
     @torch.no_grad()
     def fit(self, labels_N: np.ndarray, targets_NL: np.ndarray, how: Literal["none", "balanced"] | list[float]) -> None:
-        """Take class weights, or mean and deviation of numbers, from the labelled samples in use.
+        """Take the prior and class weights, or mean and deviation of numbers, from the labelled samples in use.
 
         Raises:
             ValueError: class weights for numbers, or not one per class.
@@ -221,6 +224,12 @@ class Finetune(nn.Module):
             if len(found) != len(self.class_weights):
                 raise ValueError(f"finetune.class_weights: {len(found)} weights for {len(self.class_weights)} classes")
             self.class_weights.copy_(torch.tensor(found))
+        if self.target == "class":
+            counts_C = np.bincount(labels_N, minlength=len(self.prior)) + 1
+            self.prior.copy_(torch.from_numpy(np.log(counts_C / counts_C.sum())))
+        elif self.target == "multilabel":
+            yes_L, no_L = ((targets_NL == value).sum(0) + 1 for value in (1, 0))
+            self.prior.copy_(torch.from_numpy(np.log(yes_L / no_L)))
 
     def freeze(self, parts: Sequence[str] | None = None) -> None:
         """Freeze parts (see `FinetuneConfig`; None = the unimodal encoders) and keep them in eval mode from now on."""
@@ -288,8 +297,12 @@ class Finetune(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """(B, outputs) float32: probabilities of the classes or labels, or numbers in the target's own unit."""
-        logits_BL = self.logits(batch)["cls"]
+        """(B, outputs) float32: probabilities of the classes or labels, or numbers in the target's own unit.
+
+        A sample without any modality is answered by the prior: [CLS] alone was never trained to say it.
+        """
+        known_B1 = slots_present(batch, len(self.model.encoders))[:, 1:].any(1, keepdim=True)
+        logits_BL = torch.where(known_B1, self.logits(batch)["cls"], self.prior)
         if self.target == "regression":
             return logits_BL * self.target_std + self.target_mean
         return logits_BL.softmax(-1) if self.target == "class" else logits_BL.sigmoid()

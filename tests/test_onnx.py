@@ -72,6 +72,7 @@ def test_padded_and_packed_agree_for_all_patterns_and_absent_contents_are_ignore
         if target == "regression":
             task.target_mean += 3
             task.target_std *= 2
+        task.prior += torch.randn(3, generator=generator)
     contents, _ = random_samples(modalities, PATTERNS * 2, seed=4)
     expected = task.predict(Collator(modalities, views=1, seed=0)(samples_of(contents), [1.0] * len(contents), 0))
     assert expected.std(0).min() > 1e-3, "samples are told apart"

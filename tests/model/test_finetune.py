@@ -101,10 +101,10 @@ def test_a_learnt_token_stands_in_for_an_absent_modality_and_counts_as_no_conten
     assert not logits["cls_image"][[0, 3]].any()
     assert logits["cls_image"][[1, 2]].all()
     changed = Finetune(build_model(recipe.model, modalities, 0), 16, 3, FinetuneConfig(pooling="mean"), 0).eval()
-    before = changed.predict(batch)
+    before = changed.logits(batch)["cls"].detach()
     with torch.no_grad():
         changed.model.absent["image"] += torch.arange(16) % 3  # a layer norm does not see a constant
-    moved = (changed.predict(batch) - before).abs().amax(1) > 1e-6
+    moved = (changed.logits(batch)["cls"].detach() - before).abs().amax(1) > 1e-6
     assert moved.tolist() == [True, False, False, True], "the token is seen where the image lacks, and only there"
 
 
@@ -147,6 +147,25 @@ def test_the_fused_term_does_not_teach_the_unimodal_classifiers() -> None:
 
 
 NAN = float("nan")
+
+
+def test_a_sample_of_which_nothing_is_known_is_answered_by_the_labels_shares() -> None:
+    presence, labels = [["text"], [], ["image", "tabular"]], np.array([0, 2, 2, 2])
+    batch, _ = make_batch(presence, [0, 0, 0])
+    task = make_task(unimodal=1.0)
+    before = task.predict(batch)
+    task.fit(labels, np.zeros((4, 0)), "none")
+    found = task.predict(batch)
+    np.testing.assert_allclose(found[1], [2 / 7, 1 / 7, 4 / 7], rtol=1e-6)  # one more of each
+    torch.testing.assert_close(found[[0, 2]], before[[0, 2]])
+    assert "prior" in task.state_dict()
+
+    several = make_task("multilabel")
+    several.fit(np.zeros(3, dtype=int), np.array([[1, 0, NAN], [1, 0, NAN], [0, NAN, NAN]]), "none")
+    np.testing.assert_allclose(several.predict(batch)[1], [3 / 5, 1 / 4, 1 / 2], rtol=1e-6)
+    numbers = make_task("regression")
+    numbers.fit(np.zeros(2, dtype=int), np.array([[10.0, NAN, 5.0], [30.0, 1.0, 5.0]]), "none")
+    np.testing.assert_allclose(numbers.predict(batch)[1], [20, 1, 5], rtol=1e-6)
 
 
 def test_multilabel_loss_is_the_mean_over_labels_of_known_cells() -> None:
