@@ -132,6 +132,8 @@ class OptimizerConfig(Strict):
         micro_batch: samples per rank and forward pass; None = global_batch / ranks (no accumulation).
         max_tokens: fusion tokens per optimizer step over all ranks, never exceeded: steps then hold as many samples as
             fit, and ``global_batch`` / ``micro_batch`` only say into how many forward passes a step is divided.
+        pretrained_lr: learning rate of the unimodal encoders that start from published weights, or from a run, as a share
+            of ``lr``; 1, as in the paper, moves them as fast as what is new.
         epochs, max_steps: the run ends at whichever comes first.
         warmup: share of all steps.
         clip: gradient norm.
@@ -152,6 +154,7 @@ class OptimizerConfig(Strict):
     micro_batch: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     lr: float = Field(default=1e-4, gt=0)
+    pretrained_lr: float = Field(default=1.0, gt=0, le=1)
     final_lr: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -202,8 +205,6 @@ class FinetuneConfig(OptimizerConfig):
     Attributes:
         freeze: what stays as it is, in eval mode: ``encoders`` = all unimodal encoders (paper), ``none``, or a list of
             modalities (their encoders), ``projections`` and ``fusion``.
-        pretrained_lr: learning rate of the unimodal encoders that start from a run or from published weights, as a share
-            of ``lr``; 1, as in the paper, moves them as fast as what is new.
         transfer: what comes from the pretraining run: ``all``, the unimodal ``encoders`` only (projections and fusion start
             afresh: for runs whose fusion has collapsed), or a list of modalities (their encoders), ``projections`` and
             ``fusion``.
@@ -228,7 +229,6 @@ class FinetuneConfig(OptimizerConfig):
     """
 
     freeze: Literal["encoders", "none"] | list[str] = "encoders"
-    pretrained_lr: float = Field(default=1.0, gt=0, le=1)
     transfer: Literal["all", "encoders"] | list[str] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
     unimodal: float = Field(default=0.0, ge=0)

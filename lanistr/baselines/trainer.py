@@ -23,6 +23,7 @@ from lanistr.batch import Batch, to_device
 from lanistr.config import DataConfig, FinetuneConfig, OptimizerConfig, Recipe
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
 from lanistr.metrics import METRICS, find_metric, goodness
+from lanistr.modalities.base import ModalityEncoder
 from lanistr.tasks import balanced_weights
 from lanistr.training.best import EVAL_BATCH, TIE
 from lanistr.training.engine import parameter_groups
@@ -129,16 +130,20 @@ def minimise(
     Raises:
         ValueError: a gradient that is not finite.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(task, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    shares = {
+        f"{name}.encoder.": config.pretrained_lr
+        for name, module in task.named_modules()
+        if isinstance(module, ModalityEncoder) and module.pretrained
+    }
+    groups = parameter_groups(task, config.weight_decay, shares)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = total_steps(loader, config)
     task.train()
     for step, micro_batches in enumerate(loader.steps(0, total, device)):
         torch.manual_seed(hash((config.seed, step, 0)))
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, total, config.lr, config.warmup, config.final_lr)
+            group["lr"] = group["lr_share"] * lr_at(step, total, config.lr, config.warmup, config.final_lr)
         optimizer.zero_grad()
         _backward(task, micro_batches, device)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))

@@ -26,6 +26,7 @@ from lanistr.training.loop import total_steps, train
 from lanistr.training.run import Resume, check_resume, check_run, describe_checkpoint, describe_run, train_loader
 from lanistr.training.summary import best_validation, write_summary
 from lanistr.training.tracking import fill_trackers
+from lanistr.training.transfer import pretrained_encoders
 from lanistr.training.validation import Validator
 
 
@@ -71,7 +72,8 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         collator = replace(collator, modalities=dataset.modalities)
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
-    engine = Engine(task, filled, device, config.weight_decay)
+    shares = dict.fromkeys(pretrained_encoders(task, None), config.pretrained_lr)
+    engine = Engine(task, filled, device, config.weight_decay, shares)
     total = total_steps(loader, config)
     validator = Validator(engine, val, collator, config, run, total) if config.eval_every and val else None
     finished = train(

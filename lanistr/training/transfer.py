@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lanistr.manifest import Manifest, ModalitySchema
 from lanistr.modalities.base import Modality
 from lanistr.modalities.loading import LoadReport
-from lanistr.tasks import Finetune
+from lanistr.tasks import Finetune, Pretrain
 from lanistr.training.checkpoint import WEIGHTS, copy_weights, find_latest, named_tensors
 
 SCHEMA = "schema.json"
@@ -71,7 +71,7 @@ def part_prefixes(task: Finetune, parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prefix for part in parts for prefix in shared.get(part, [f"model.encoders.{part}.encoder."]))
 
 
-def pretrained_encoders(task: Finetune, report: LoadReport | None) -> list[str]:
+def pretrained_encoders(task: Finetune | Pretrain, report: LoadReport | None) -> list[str]:
     """Prefixes of the parameters of the unimodal encoders that start from a run or from published weights."""
     loaded = report.loaded if report else []
     prefixes = {f"model.encoders.{name}.encoder.": task.model.encoder(name).pretrained for name in task.model.encoders}

@@ -83,6 +83,7 @@ def test_the_same_as_lanistr_under_deepspeed(tmp_path: Path) -> None:
         *("--methods", "lanistr_scratch", "--labels", "48", "--seeds", "1"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MASTER_PORT", None)  # of a training in this process, if there was one
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(out / "cells" / "lanistr_scratch-48-0.npz") as cell:
