@@ -41,7 +41,7 @@ from lanistr.data.reader import GoldDataset
 from lanistr.data.samples import Sample
 from lanistr.manifest import Manifest
 from lanistr.modalities import make_modalities
-from lanistr.modalities.image import _decode_jpeg
+from lanistr.modalities.pixels import decode_jpeg
 
 PRESENCE = (0.02, 0.2, 0.5, 0.98)
 IMAGE_TOKENS = 197
@@ -161,7 +161,7 @@ def webdataset_same_batches(folder: Path) -> Iterator[Batch]:
 
 def our_decoder(key: str, data: bytes) -> Any:
     """As a handler of webdataset."""
-    return _decode_jpeg(data, 224) if key.endswith("jpg") else None
+    return decode_jpeg(data, 224) if key.endswith("jpg") else None
 
 
 def end_to_end_row(

@@ -99,11 +99,7 @@ def measure_robustness(
     Raises:
         ValueError: not a fine-tuning run, or a metric, modality, rate or number of draws that cannot be.
     """
-    wrong = [rate for rate in rates if not 0 <= rate <= 1]
-    if wrong or not rates:
-        raise ValueError(f"rates {', '.join(map(str, wrong)) or 'none'}: give shares in [0, 1], for example 0,0.5,1")
-    if seeds < 1:
-        raise ValueError(f"{seeds} draws of what is hidden; at least 1 is needed")
+    steps = _checked(rates, seeds)
     first = load_tuned(runs[0], data, split).dataset
     chosen = find_metric(first.manifest.target, metric)
     names = list(dict.fromkeys(hide or first.modalities))
@@ -112,7 +108,7 @@ def measure_robustness(
         if unknown := [name for name in names if name not in used]:
             raise ValueError(f"{run} has no modality {', '.join(unknown)} to hide; it uses {', '.join(used)}")
     groups = [[name] for name in names] + ([names] if len(names) > 1 else [])
-    positions, measure, steps = first.labelled(None, 0), METRICS[first.manifest.target][chosen], sorted(set(rates))
+    positions, measure = first.labelled(None, 0), METRICS[first.manifest.target][chosen]
 
     def curves(answer: Predict, dataset: GoldDataset, who: str) -> list[dict[str, Any]]:
         rows = []
@@ -129,16 +125,18 @@ def measure_robustness(
     for rival in rivals:
         about = {"run": rival.name, "labels": rival.labels, "from": None, "train_hidden": rival.train_hidden}
         rows.append({**about, "modality_dropout": 0.0, "curves": curves(rival.answer, first, rival.name)})
-    return {
-        "dataset": first.manifest.name,
-        "content_id": first.content_id,
-        "split": split,
-        "samples": len(positions),
-        "metric": chosen,
-        "rates": steps,
-        "seeds": seeds,
-        "runs": rows,
-    }
+    about = {"dataset": first.manifest.name, "content_id": first.content_id, "split": split, "samples": len(positions)}
+    return {**about, "metric": chosen, "rates": steps, "seeds": seeds, "runs": rows}
+
+
+def _checked(rates: Sequence[float], seeds: int) -> list[float]:
+    """The rates, ascending, each once. Raises ValueError for what cannot be."""
+    wrong = [rate for rate in rates if not 0 <= rate <= 1]
+    if wrong or not rates:
+        raise ValueError(f"rates {', '.join(map(str, wrong)) or 'none'}: give shares in [0, 1], for example 0,0.5,1")
+    if seeds < 1:
+        raise ValueError(f"{seeds} draws of what is hidden; at least 1 is needed")
+    return sorted(set(rates))
 
 
 def _about(run: Path, tuned: Tuned) -> dict[str, Any]:

@@ -4,18 +4,15 @@ Shape suffixes: N rows of all views, n rows of one view, H height, W width, C co
 (3 * patch * patch), M masked patches, D model width.
 """
 
-import contextlib
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,10 +25,10 @@ from lanistr.modalities.base import (
     Modality,
     ModalityEncoder,
     RawContext,
-    address,
     stack,
 )
 from lanistr.modalities.loading import load_pretrained, published_sizes
+from lanistr.modalities.pixels import aligned_rows, centre, decode_into, decode_jpeg, fits_exactly, random_box
 from lanistr.raw import read_image_file
 from lanistr.transforms import MEMBERS, ImageSpec, encode_image
 
@@ -136,10 +133,10 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def decode(self, members: Mapping[str, bytes]) -> np.ndarray:
         """Centre crop, resize to ``size``."""
         size = self.config.size
-        pixels = _decode_jpeg(members["jpg"], size)
+        pixels = decode_jpeg(members["jpg"], size)
         if pixels.shape[:2] != (size, size):
             image = Image.fromarray(pixels)
-            pixels = np.asarray(image.crop(_centre(image)).resize((size, size), Image.Resampling.BILINEAR))
+            pixels = np.asarray(image.crop(centre(image)).resize((size, size), Image.Resampling.BILINEAR))
         return pixels
 
     def decode_augmented(self, members: Mapping[str, bytes], rng: np.random.Generator) -> np.ndarray:
@@ -148,10 +145,10 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         area, log_ratio, x, y, flip = rng.random(5)
         # A crop of share a of the area needs 1 / sqrt(a) of the resolution.
         smallest = self.config.crop[0] if self.config.crop else 1.0
-        image = Image.fromarray(_decode_jpeg(members["jpg"], int(np.ceil(size / np.sqrt(smallest)))))
-        box: tuple[float, float, float, float] = _centre(image)
+        image = Image.fromarray(decode_jpeg(members["jpg"], int(np.ceil(size / np.sqrt(smallest)))))
+        box: tuple[float, float, float, float] = centre(image)
         if self.config.crop:
-            box = _random_box(image.size, self.config.crop, area, log_ratio, x, y)
+            box = random_box(image.size, self.config.crop, area, log_ratio, x, y)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
         return pixels[:, ::-1] if flip < self.config.flip else pixels
 
@@ -161,12 +158,12 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
         """As `Modality.decode_batch`, into the rows of one array: `collate` need not copy them together."""
         size = self.config.size
         # All headers first: between two decodings, each would be read with caches full of pixels, thrice as slowly.
-        fit = [rngs is None and _is_square(own["jpg"], size) for own in members]
+        fit = [rngs is None and fits_exactly(own["jpg"], size) for own in members]
         found: list[np.ndarray | ValueError] = []
-        rows_nHWC, strict = _rows(len(members), size), rngs is not None
+        rows_nHWC, strict = aligned_rows(len(members), size), rngs is not None
         for row_HWC, own, fits, rng in zip(rows_nHWC, members, fit, rngs or itertools.repeat(None), strict=strict):
             try:
-                if not (fits and _decode_into(own["jpg"], row_HWC)):
+                if not (fits and decode_into(own["jpg"], row_HWC)):
                     row_HWC[:] = self.decode(own) if rng is None else self.decode_augmented(own, rng)
                 found.append(row_HWC)
             except ValueError as error:
@@ -221,89 +218,6 @@ class ImageModality(Modality[np.ndarray, ImageInput]):
     def build(self, width: int, attention: str) -> "ImageEncoder":
         """ViT (dense SDPA: all images have one length), its projection and its pixel decoder."""
         return ImageEncoder(self.config, width)
-
-
-def _decode_jpeg(data: bytes, size: int) -> np.ndarray:
-    """(height, width, 3) uint8; a much larger image at a half, quarter or eighth, at least ``size`` on both sides.
-
-    Whole images are decoded by simplejpeg where it is installed: the same pixels, without what Pillow does around it.
-
-    Raises:
-        ValueError: not an image.
-    """
-    fast = _simplejpeg()
-    if fast:
-        with contextlib.suppress(ValueError):  # Pillow has the last word on what is broken
-            height, width, space, _ = fast.decode_jpeg_header(data)
-            if min(height, width) < 2 * size and space in ("YCbCr", "Gray"):
-                return fast.decode_jpeg(data)
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.draft("RGB", (size, size))
-            return np.asarray(opened.convert("RGB"))
-    except UnidentifiedImageError:  # its message holds an address
-        raise ValueError(f"jpg: {len(data)} bytes that are no image") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"jpg: {error}") from None
-
-
-def _rows(count: int, size: int) -> np.ndarray:
-    """(count, size, size, 3), between two multiples of 32 bytes.
-
-    To rows that begin at a multiple libjpeg-turbo writes past the caches: a tenth slower, for bytes that are read next.
-    """
-    room = np.empty(count * size * size * 3 + 32, dtype=np.uint8)
-    begin = (16 - address(room)) % 32
-    return room[begin : room.size - 32 + begin].reshape(count, size, size, 3)
-
-
-def _is_square(data: bytes, size: int) -> bool:
-    """Whether simplejpeg is there, takes the image, and finds it ``size`` pixels wide and high."""
-    fast = _simplejpeg()
-    if not fast:
-        return False
-    try:
-        height, width, space, _ = fast.decode_jpeg_header(data)
-    except ValueError:  # Pillow has the last word on what is broken
-        return False
-    return height == width == size and space in ("YCbCr", "Gray")
-
-
-def _decode_into(data: bytes, row_HWC: np.ndarray) -> bool:
-    """Decode an image of just the row's size by simplejpeg; False = it is broken."""
-    try:
-        _simplejpeg().decode_jpeg(data, buffer=row_HWC)
-    except ValueError:  # Pillow has the last word on what is broken
-        return False
-    return True
-
-
-@cache
-def _simplejpeg() -> Any:
-    try:
-        import simplejpeg
-    except ImportError:
-        return None
-    return simplejpeg
-
-
-def _centre(image: Image.Image) -> tuple[int, int, int, int]:
-    """The largest square around the centre: left, top, right, bottom."""
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    return left, top, left + short, top + short
-
-
-def _random_box(
-    image: tuple[int, int], crop: tuple[float, float], area: float, log_ratio: float, x: float, y: float
-) -> tuple[float, float, float, float]:
-    """A crop of a random share of the area and a random aspect ratio, from four draws in [0, 1)."""
-    width, height = image
-    pixels = width * height * (crop[0] + area * (crop[1] - crop[0]))
-    ratio = np.exp((2 * log_ratio - 1) * np.log(4 / 3))
-    w, h = min(width, np.sqrt(pixels * ratio)), min(height, np.sqrt(pixels / ratio))
-    left, top = x * (width - w), y * (height - h)
-    return left, top, left + w, top + h
 
 
 class MIMHead(nn.Module):

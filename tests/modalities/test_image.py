@@ -10,8 +10,9 @@ from PIL import Image
 
 from lanistr.data.streams import philox
 from lanistr.manifest import ModalitySchema
-from lanistr.modalities import image as image_module
-from lanistr.modalities.image import ImageModality, _decode_jpeg, _random_box, cut
+from lanistr.modalities import pixels as pixels_module
+from lanistr.modalities.image import ImageModality, cut
+from lanistr.modalities.pixels import decode_jpeg, random_box
 from lanistr.transforms import MEMBERS, ImageSpec
 
 
@@ -81,7 +82,7 @@ def test_crops_lie_in_the_image_and_have_the_area_and_ratio_asked_for() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         size = tuple(rng.integers(20, 200, 2).tolist())
-        left, top, right, bottom = _random_box(size, (0.3, 0.6), *rng.random(4))
+        left, top, right, bottom = random_box(size, (0.3, 0.6), *rng.random(4))
         assert 0 <= left < right <= size[0] + 1e-9
         assert 0 <= top < bottom <= size[1] + 1e-9
         clipped = right - left > size[0] - 1e-6 or bottom - top > size[1] - 1e-6
@@ -118,7 +119,7 @@ def test_pixels_do_not_depend_on_which_decoder_is_installed(
     Image.frombytes(mode, (83, 61), rng.integers(0, 256, shape, dtype=np.uint8).tobytes()).save(
         buffer, "JPEG", **options
     )
-    whole = _decode_jpeg(buffer.getvalue(), 32)
-    monkeypatch.setattr(image_module, "_simplejpeg", lambda: None)
-    assert np.array_equal(whole, _decode_jpeg(buffer.getvalue(), 32))
+    whole = decode_jpeg(buffer.getvalue(), 32)
+    monkeypatch.setattr(pixels_module, "simplejpeg_module", lambda: None)
+    assert np.array_equal(whole, decode_jpeg(buffer.getvalue(), 32))
     assert whole.shape == (61, 83, 3)
