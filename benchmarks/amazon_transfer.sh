@@ -20,7 +20,7 @@ compare() {  # NAME RECIPE further arguments
     --labels 512 --metric accuracy,macro_f1 "${@:3}" "$text"
 }
 methods=majority,tfidf,trees,probe,lanistr_scratch,lanistr
-more=latefusion,frozen_scratch,frozen
+more=latefusion,medfuse_all,tab2txt,frozen_scratch,frozen  # ALBEF needs images, which the files lack
 if [ "$recipe" = amazon_minilm_mlm ]; then
   for name in fashion beauty; do
     compare $name $recipe --methods $methods --out runs/compare_${name}_mlm
@@ -31,6 +31,7 @@ for name in fashion beauty; do
   mkdir -p runs/compare_$name
   if [ $name = beauty ]; then  # the same pretraining serves both
     for seed in 0 1 2; do ln -sfn ../compare_fashion/pretrain-$seed runs/compare_beauty/pretrain-$seed; done
+    mkdir -p runs/compare_beauty/runs && ln -sfn ../../compare_fashion/runs/tab2txt runs/compare_beauty/runs/tab2txt
   fi
   compare $name $recipe --pretrain-seeds 3 --methods $methods,$more --out runs/compare_$name pretrain.cache=runs/features_office
 done
