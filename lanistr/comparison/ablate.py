@@ -59,9 +59,14 @@ def make_arms(recipe: Recipe, terms: Mapping[str, str]) -> dict[str, tuple[str, 
     if len(terms) > 1:
         for name in terms:
             arms[f"without_{name}"] = (f"without the modality {name}", _without_modality(recipe, name))
-    for term in dict.fromkeys([*terms.values(), "mmm"]):
+    learnt = [term for name, term in terms.items() if name not in recipe.pretrain.freeze]  # what is frozen has no loss
+    for term in dict.fromkeys([*learnt, "mmm"]):
         if recipe.objective.weights.get(term):
-            arms[f"without_{term}"] = (f"pretrained without the loss {term}", _without_loss(recipe, term))
+            weights = {**recipe.objective.weights, term: 0.0}
+            arms[f"without_{term}"] = (f"pretrained without the loss {term}", _aiming(recipe, {"weights": weights}))
+    for extension, off in (("cross", []), ("decorrelation", 0.0)):
+        if getattr(recipe.objective, extension):
+            arms[f"without_{extension}"] = (f"pretrained without {extension}", _aiming(recipe, {extension: off}))
     only_complete = {"complete_only": True}
     arms["without_nonparallel"] = (
         "pretrained on samples that have every modality", _pretrained(recipe, only_complete),
@@ -102,9 +107,8 @@ def _without_modality(recipe: Recipe, name: str) -> Recipe:
     return _pretrained(changed, {"freeze": frozen, "cache": recipe.pretrain.cache if frozen else False})
 
 
-def _without_loss(recipe: Recipe, term: str) -> Recipe:
-    weights = {**recipe.objective.weights, term: 0.0}
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"weights": weights})})
+def _aiming(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update=changes)})
 
 
 def _pretrained(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

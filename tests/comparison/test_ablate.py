@@ -43,6 +43,16 @@ def test_an_arm_changes_one_thing() -> None:
     assert changed["full"] == changed["unlabelled_0"] == set()
 
 
+def test_each_loss_that_is_learnt_has_an_arm_and_each_extension_too() -> None:
+    recipe = recipe_with(objective__cross=["text", "image"], objective__decorrelation=0.5, pretrain__freeze=["text"])
+    arms = make_arms(recipe, TERMS)
+    assert f"without_{TERMS['text']}" not in arms
+    assert f"without_{TERMS['image']}" in arms
+    assert arms["without_cross"][1].objective == recipe.objective.model_copy(update={"cross": []})
+    assert arms["without_decorrelation"][1].objective == recipe.objective.model_copy(update={"decorrelation": 0.0})
+    assert not {"without_cross", "without_decorrelation"} & make_arms(RECIPE, TERMS).keys()
+
+
 def test_a_modality_that_is_left_out_predicts_nothing_and_is_not_predicted() -> None:
     recipe = recipe_with(objective__cross=["text", "image", "tabular"])
     arms = make_arms(recipe, TERMS)
