@@ -76,9 +76,7 @@ class LanistrMethod:
         """See `Method`."""
         drawn = train.dataset.labelled(len(train), seed)
         assert np.array_equal(drawn, train.positions_N), "the draw that fine-tuning itself makes"
-        changes: dict[str, Any] = {"seed": seed}
-        if self.source is None:
-            changes["freeze"] = _published(self.recipe)
+        changes: dict[str, Any] = {"seed": seed} | (_without_run(self.recipe) if self.source is None else {})
         tuned = self.recipe.model_copy(update={"finetune": self.recipe.finetune.model_copy(update=changes)})
         source = self.source.run(seed) if isinstance(self.source, Pretraining) else self.source
         run = self.work / f"run-{len(train)}-{seed}"
@@ -90,10 +88,11 @@ class LanistrMethod:
         return predict_subset
 
 
-def _published(recipe: Recipe) -> list[str]:
-    """Of the encoders that the recipe freezes those that start from published weights: the others know nothing yet."""
+def _without_run(recipe: Recipe) -> dict[str, Any]:
+    """What stays frozen: of the encoders that the recipe freezes those with published weights; others know nothing yet."""
     blocks = recipe.model.modalities
-    return [name for name in recipe.finetune.frozen(list(blocks)) if blocks.get(name, {}).get("pretrained")]
+    frozen = [name for name in recipe.finetune.frozen(list(blocks)) if blocks.get(name, {}).get("pretrained")]
+    return {"freeze": frozen, "cache": recipe.finetune.cache if frozen else False}
 
 
 def _demand(finished: bool, run: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lanistr.baselines import ours
-from lanistr.baselines.ours import _published
+from lanistr.baselines.ours import _without_run
 from lanistr.config import Recipe
 from tests.model.support import RECIPE, recipe_with
 
@@ -24,7 +24,10 @@ def test_without_a_run_only_published_encoders_stay_frozen(
     freeze: str | list[str], published: str | None, kept: list[str]
 ) -> None:
     text = {**RECIPE.model.modalities["text"], "pretrained": published}
-    assert _published(recipe_with(finetune__freeze=freeze, model__modalities__text=text)) == kept
+    for cache in (False, True, "folder"):
+        recipe = recipe_with(finetune__freeze=freeze, finetune__cache=cache, model__modalities__text=text)
+        # With nothing frozen there is nothing to cache, which `finetune` refuses.
+        assert _without_run(recipe) == {"freeze": kept, "cache": cache if kept else False}
 
 
 def test_a_pretraining_that_a_signal_ended_is_no_start_and_goes_on_next_time(
