@@ -57,10 +57,9 @@ def test_everything_but_the_classifier_is_carried_over(tmp_path: Path) -> None:
     report = transfer(tuned, run, make_modalities())
     stored = named_tensors(pretrained)
     for name, tensor in named_tensors(tuned).items():
-        if not name.startswith("classifier."):
+        if not name.startswith("classifier.") and name != "prior":  # what the labels will say
             assert torch.equal(tensor, stored[name]), name
-    assert report.new
-    assert all(name.startswith("classifier.") for name in report.new)
+    assert {name.split(".")[0] for name in report.new} == {"classifier", "prior"}
     assert all(".head." in name or name.startswith("heads.") for name in report.left_out)
     assert "new: classifier" in str(report)
 
