@@ -64,7 +64,7 @@ def text_hidden(encoder: Any, sequences: Sequence[np.ndarray]) -> list[Tensor]:
 
 def image_hidden(encoder: Any, pixels: Tensor, masks: Tensor) -> list[Tensor]:
     """Pixels (N, H, W, C) uint8, through Hugging Face's own patch embedding."""
-    pictures = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    pictures = pixels.permute(0, 3, 1, 2).to(encoder.projection.weight.dtype) / 127.5 - 1
     embeddings = encoder.encoder.embeddings
     x = embeddings.patch_embeddings(pictures)
     x = torch.where(masks[..., None], encoder.head.mask_token, x)
@@ -76,7 +76,10 @@ def image_hidden(encoder: Any, pixels: Tensor, masks: Tensor) -> list[Tensor]:
 
 def series_hidden(encoder: Any, values: Sequence[np.ndarray]) -> list[Tensor]:
     dense, keep = pad(values)
-    x = encoder.encoder.input(torch.from_numpy(dense)) + encoder.encoder.positions[: dense.shape[1]]
+    x = (
+        encoder.encoder.input(torch.from_numpy(dense).to(encoder.projection.weight.dtype))
+        + encoder.encoder.positions[: dense.shape[1]]
+    )
     for block in encoder.encoder.blocks:
         x = dense_block(block, x, torch.from_numpy(keep))
     return [h[: len(v)] for h, v in zip(x, values, strict=True)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lanistr.config import Recipe
@@ -36,6 +36,7 @@ def gradients(task: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=25, deadline=None)
 @given(presence=PATTERNS, seed=st.integers(0, 1000))
+@example(presence=[list(NAMES[:3]), [], list(NAMES[:3]), list(NAMES[:3])], seed=715)
 def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: list, seed: int) -> None:
     assert_equals_oracle(RECIPE, presence, seed)
 
@@ -65,7 +66,8 @@ def test_switches_equal_the_oracle_too(changes: dict) -> None:
 
 def assert_equals_oracle(recipe: Recipe, presence: Sequence[Sequence[str]], seed: int) -> None:
     modalities = make_modalities(recipe)
-    task = make_pretrain(modalities, recipe=recipe)
+    # In float32 the batch norms of a TabNet that sees two or three rows are 1e-4 apart by another order of sums alone.
+    task = make_pretrain(modalities, recipe=recipe).double()
     contents, masks = random_samples(modalities, presence, seed)
     loss, terms = total_loss(task, make_batch(modalities, contents, masks))
     loss.backward()
@@ -73,11 +75,11 @@ def assert_equals_oracle(recipe: Recipe, presence: Sequence[Sequence[str]], seed
 
     expected = oracle_terms(task, modalities, contents, masks)
     for name, value in expected.items():
-        torch.testing.assert_close(terms[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(terms[name].double(), value.double(), rtol=1e-6, atol=1e-6)
     torch.stack([task.weights[name] * value for name, value in expected.items()]).sum().backward()
     for name, parameter in task.named_parameters():
         oracle = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(packed[name], oracle, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(packed[name], oracle, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def hook_order(task: torch.nn.Module, batch: object) -> list[str]:
