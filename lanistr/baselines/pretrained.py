@@ -104,7 +104,7 @@ class PretrainedMethod(ABC):
         parts = config.transferred(list(modalities))
         kept = {n: w for n, w in weights.items() if parts is None or n.startswith(part_prefixes(task, parts))}
         copy_weights(task, kept, str(self.data), [])
-        for name in modalities:
+        for name in modalities:  # what was pretrained learns at its share of the rate
             encoder = model.encoder(name)
             encoder.pretrained |= any(n.startswith(f"model.encoders.{name}.encoder.") for n in kept)
         task.fit(train.labels_N, train.dataset.target[train.positions_N], config.class_weights)

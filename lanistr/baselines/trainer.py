@@ -23,7 +23,6 @@ from lanistr.batch import Batch, to_device
 from lanistr.config import DataConfig, FinetuneConfig, OptimizerConfig, Recipe
 from lanistr.data.loader import Collator, TrainLoader, eval_batches
 from lanistr.metrics import METRICS, find_metric, goodness
-from lanistr.modalities.base import ModalityEncoder
 from lanistr.tasks import balanced_weights
 from lanistr.training.best import EVAL_BATCH, TIE
 from lanistr.training.engine import parameter_groups
@@ -31,6 +30,7 @@ from lanistr.training.features import Encodes, cache_features
 from lanistr.training.loop import total_steps
 from lanistr.training.run import train_loader
 from lanistr.training.schedule import lr_at
+from lanistr.training.transfer import pretrained_encoders
 
 
 class Task(Protocol):
@@ -130,11 +130,7 @@ def minimise(
     Raises:
         ValueError: a gradient that is not finite.
     """
-    shares = {
-        f"{name}.encoder.": config.pretrained_lr
-        for name, module in task.named_modules()
-        if isinstance(module, ModalityEncoder) and module.pretrained
-    }
+    shares = dict.fromkeys(pretrained_encoders(task), config.pretrained_lr)
     groups = parameter_groups(task, config.weight_decay, shares)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -72,7 +72,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
         collator = replace(collator, modalities=dataset.modalities)
         loader = train_loader(dataset, collator, recipe.data, config, positions)
     describe_run(run, recipe, manifest, filled, {"task": "pretrain"}, load_tokenizer_bytes(data, recipe.data, manifest))
-    shares = dict.fromkeys(pretrained_encoders(task, None), config.pretrained_lr)
+    shares = dict.fromkeys(pretrained_encoders(task), config.pretrained_lr)
     engine = Engine(task, filled, device, config.weight_decay, shares)
     total = total_steps(loader, config)
     validator = Validator(engine, val, collator, config, run, total) if config.eval_every and val else None

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import nn
 
 from lanistr.manifest import Manifest, ModalitySchema
-from lanistr.modalities.base import Modality
+from lanistr.modalities.base import Modality, ModalityEncoder
 from lanistr.modalities.loading import LoadReport
-from lanistr.tasks import Finetune, Pretrain
+from lanistr.tasks import Finetune
 from lanistr.training.checkpoint import WEIGHTS, copy_weights, find_latest, named_tensors
 
 SCHEMA = "schema.json"
@@ -71,11 +72,11 @@ def part_prefixes(task: Finetune, parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(prefix for part in parts for prefix in shared.get(part, [f"model.encoders.{part}.encoder."]))
 
 
-def pretrained_encoders(task: Finetune | Pretrain, report: LoadReport | None) -> list[str]:
+def pretrained_encoders(task: nn.Module, report: LoadReport | None = None) -> list[str]:
     """Prefixes of the parameters of the unimodal encoders that start from a run or from published weights."""
     loaded = report.loaded if report else []
-    prefixes = {f"model.encoders.{name}.encoder.": task.model.encoder(name).pretrained for name in task.model.encoders}
-    return [prefix for prefix, published in prefixes.items() if published or any(n.startswith(prefix) for n in loaded)]
+    encoders = {f"{name}.encoder.": m for name, m in task.named_modules() if isinstance(m, ModalityEncoder)}
+    return [prefix for prefix, e in encoders.items() if e.pretrained or any(n.startswith(prefix) for n in loaded)]
 
 
 def refuse_untrained(task: Finetune, report: LoadReport | None, parts: Sequence[str]) -> None:
