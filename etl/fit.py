@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 BATCH = 8_192
+QUANTILES = 129
+QUANTILE_VALUES = 2**20  # that they are taken from, at most: they are held in memory
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,18 @@ def make_fit(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples, raw: P
 
 def _origin(con: "DuckDBPyConnection", recipe: Recipe) -> dict[str, str]:
     """Which samples the fit is made from: how many, and the XOR of their keys (`etl.refit.train_digest`)."""
-    key = f"('0x' || left(sha256({literal(recipe.name + '|')} || grp || '|' || row_id), 16))::ubigint"
-    n, xor = con.execute(f"select count(*), bit_xor({key}) from samples where split = 'train'").fetchall()[0]
+    n, xor = con.execute(f"select count(*), bit_xor({_key(recipe)}) from samples where split = 'train'").fetchall()[0]
     origin = {"from": "train", "train": f"{n}-{xor or 0:016x}"}
     if recipe.text:
         origin["tokenizer"] = "trained" if recipe.text.tokenizer.train else "given"
         if recipe.text.max_chars:
             origin["max_chars"] = str(recipe.text.max_chars)
     return origin
+
+
+def _key(recipe: Recipe) -> str:
+    """SQL for `lanistr.manifest.sample_key`, as a number."""
+    return f"('0x' || left(sha256({literal(recipe.name + '|')} || grp || '|' || row_id), 16))::ubigint"
 
 
 def _needed(tokenizer: "Tokenizer | None") -> "Tokenizer":
@@ -191,13 +197,26 @@ def _exact_sum(con: "DuckDBPyConnection", query: str) -> float:
     return math.fsum(value for batch in batches for value in batch["v"].to_numpy().tolist())
 
 
+def _quantiles(con: "DuckDBPyConnection", value: str, known: str, key: str) -> list[float]:
+    """Evenly spaced; 0 where no value is known. Of many values those of the smallest keys: an even, repeatable draw."""
+    (n,) = con.execute(f"select count(*) {known}").fetchall()[0]
+    if not n:
+        return [0.0]
+    few = f" and {key} < {2**64 * QUANTILE_VALUES // n}" if n > QUANTILE_VALUES else ""
+    at = [i / (QUANTILES - 1) for i in range(QUANTILES)]
+    (found,) = con.execute(f"select quantile_cont({value}::double, {at}) {known}{few}").fetchall()[0]
+    return [_round(v) for v in found]
+
+
 def _fit_tabular(con: "DuckDBPyConnection", recipe: Recipe, samples: Samples) -> TabularSpec:
     assert recipe.tabular
     numeric = []
     for name in samples.numeric:
         c = column(f"n:{name}")
-        mean, std = _statistics(con, f"select {c} as v from samples where split = 'train' and {c} is not null")
-        numeric.append(NumericColumn(name=name, mean=mean, std=std))
+        known = f"from samples where split = 'train' and {c} is not null"
+        mean, std = _statistics(con, f"select {c} as v {known}")
+        quantiles = _quantiles(con, c, known, _key(recipe))
+        numeric.append(NumericColumn(name=name, mean=mean, std=std, quantiles=quantiles))
     categorical = []
     for name in samples.categorical:
         c = column(f"c:{name}")

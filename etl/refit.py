@@ -7,9 +7,10 @@ import polars as pl
 
 from etl.members import Members
 from lanistr.manifest import Manifest
-from lanistr.transforms import FIRST_KNOWN_ID, UNSEEN_ID, CategoricalColumn, SeriesSpec, TabularSpec
+from lanistr.transforms import FIRST_KNOWN_ID, UNSEEN_ID, CategoricalColumn, NumericColumn, SeriesSpec, TabularSpec
 
 FLOAT32 = 1.2e-7  # shards hold float32, the fit was made from float64
+QUANTILES, QUANTILE_VALUES = 129, 2**20  # as in `etl.fit`
 
 
 def train_digest(keys: list[str]) -> str:
@@ -21,7 +22,7 @@ def train_digest(keys: list[str]) -> str:
 
 
 def verify_fit(gold: Path, manifest: Manifest, index: pl.DataFrame) -> list[str]:
-    """Recompute means, deviations and vocabularies from the train split.
+    """Recompute means, deviations, quantiles and vocabularies from the train split.
 
     Raises:
         ValueError: they differ, although the manifest says that they were made from these samples.
@@ -53,6 +54,7 @@ def _tabular(spec: TabularSpec, train: pl.DataFrame) -> str:
     for i, column in enumerate(spec.numeric):
         values = table[:, i][np.isfinite(table[:, i])]
         _same(f"column {column.name}", values, column.mean, column.std)
+        _same_quantiles(column, table[:, i], train["key"].to_list())
     for i, column in enumerate(spec.categorical, len(spec.numeric)):
         ids = table[:, i][np.isfinite(table[:, i])].astype(np.int64)
         _vocabulary(column, np.bincount(ids, minlength=column.cardinality))
@@ -76,6 +78,21 @@ def _same(what: str, values: np.ndarray, mean: float, std: float) -> None:
         raise ValueError(
             f"fit: {what} has mean {mean:g} and std {std:g} in the manifest, {expected_mean:g} and {expected_std:g} in "
             "the train split; if the raw data changed since the fit, rebuild with --refit"
+        )
+
+
+def _same_quantiles(column: NumericColumn, values_N: np.ndarray, keys: list[str]) -> None:
+    """Raises ValueError unless the column's quantiles are those of its values, as far as float32 tells."""
+    known_N = np.isfinite(values_N)
+    n = int(known_N.sum())
+    if n > QUANTILE_VALUES:
+        known_N &= np.array([int(key, 16) < 2**64 * QUANTILE_VALUES // n for key in keys])
+    expected = np.quantile(values_N[known_N], np.linspace(0, 1, QUANTILES)) if n else np.zeros(1)
+    slack = 2 * FLOAT32 * float(np.abs(expected).max())
+    if len(expected) != len(column.quantiles) or (np.abs(expected - column.quantiles) > slack).any():
+        raise ValueError(
+            f"fit: column {column.name} has other quantiles in the manifest than in the train split; if the raw data changed "
+            "since the fit, rebuild with --refit"
         )
 
 

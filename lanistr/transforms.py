@@ -56,11 +56,17 @@ class ImageSpec(Strict):
 
 
 class NumericColumn(Strict):
-    """A numeric column with its train mean and standard deviation (> 0)."""
+    """A numeric column, as it is in train.
+
+    Attributes:
+        mean, std: mean and standard deviation (> 0).
+        quantiles: evenly spaced, least and greatest value included; none where they were not computed.
+    """
 
     name: str
     mean: float
     std: float
+    quantiles: list[float] = []
 
 
 class CategoricalColumn(Strict):

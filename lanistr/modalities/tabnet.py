@@ -28,6 +28,8 @@ class TabularConfig(ModalityConfig):
         width: n_d = n_a; also the width of a step's output token.
         norm: ``batch`` = ghost batch norm; ``frozen`` = running statistics always (equality across batch layouts).
         mask_ratio: share of columns masked per row.
+        numbers: ``standard`` = less the mean of train, over its deviation (paper); ``quantile`` = by their rank in train
+            (`lanistr.modalities.scores.NormalScores`): for columns with a long tail.
     """
 
     embedding_dim: int = 3
@@ -41,6 +43,7 @@ class TabularConfig(ModalityConfig):
     momentum: float = 0.02
     norm: Literal["batch", "frozen"] = "batch"
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
+    numbers: Literal["standard", "quantile"] = "standard"
 
 
 class TabNet(nn.Module):

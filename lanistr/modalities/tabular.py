@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities.base import NO_WEIGHTS, Collated, Modality, ModalityEncoder, RawContext
 from lanistr.modalities.loading import match_rows
+from lanistr.modalities.scores import NormalScores
 from lanistr.modalities.tabnet import MFMHead, TabNet, TabularConfig
 from lanistr.raw import read_row
 from lanistr.transforms import (
@@ -33,7 +34,7 @@ from lanistr.transforms import TabularEncoder as RowEncoder
 
 
 class Row(NamedTuple):
-    """Standardised numbers (0 where missing), category ids, and which of the K cells are observed."""
+    """Scaled numbers (0 where missing), category ids, and which of the K cells are observed."""
 
     numeric_R: np.ndarray
     categories_C: np.ndarray
@@ -72,6 +73,17 @@ class TabularModality(Modality[Row, TabularInput]):
         self.std = np.array([c.std for c in self.spec.numeric], dtype=np.float32)
         self.cardinality = np.array([c.cardinality for c in self.spec.categorical], dtype=np.int64)
         self.columns = len(self.mean) + len(self.cardinality)
+        self.scores = self._scores() if self.config.numbers == "quantile" else None
+
+    def _scores(self) -> list[NormalScores]:
+        """Of each numeric column. Raises ValueError where the dataset has no quantiles."""
+        bare = [column.name for column in self.spec.numeric if not column.quantiles]
+        if bare:
+            raise ValueError(
+                f"model.modalities.{self.name}.numbers: quantile needs the quantiles of column {bare[0]}, which this dataset "
+                "has not; build it again with --refit, or choose standard"
+            )
+        return [NormalScores.of(column.quantiles) for column in self.spec.numeric]
 
     def raw_keys(self) -> tuple[str, ...]:
         """The columns."""
@@ -91,7 +103,7 @@ class TabularModality(Modality[Row, TabularInput]):
     def paper_schema(cls) -> ModalitySchema:
         """Amazon's columns: product, reviewer, verified, year, votes, timestamp."""
         spec = TabularSpec(
-            numeric=[NumericColumn(name=n, mean=0.0, std=1.0) for n in ("votes", "timestamp")],
+            numeric=[NumericColumn(name=n, mean=0.0, std=1.0, quantiles=[0, 1]) for n in ("votes", "timestamp")],
             categorical=[
                 CategoricalColumn(name="product", values=[], buckets=10000),
                 CategoricalColumn(name="reviewer", values=[], buckets=10000),
@@ -102,8 +114,8 @@ class TabularModality(Modality[Row, TabularInput]):
         return ModalitySchema(kind=cls.kind, members=MEMBERS[cls.kind], spec=spec.model_dump())
 
     def decode(self, members: Mapping[str, bytes]) -> Row:
-        """Standardise the numbers; a missing cell is 0 (the mean) or category 0."""
-        (row,) = self._standardise(self._stored(members)[None])
+        """Scale the numbers; a missing cell is 0 (the mean) or category 0."""
+        (row,) = self._rows(self._stored(members)[None])
         return row
 
     def decode_batch(
@@ -113,7 +125,7 @@ class TabularModality(Modality[Row, TabularInput]):
         with contextlib.suppress(ValueError):
             cells, lengths = concatenate_npy([own["tab.npy"] for own in members])
             if set(lengths) == {self.columns}:
-                return [*self._standardise(cells.reshape(-1, self.columns).astype(np.float32, copy=False))]
+                return [*self._rows(cells.reshape(-1, self.columns).astype(np.float32, copy=False))]
         return super().decode_batch(members, rngs)
 
     def _stored(self, members: Mapping[str, bytes]) -> np.ndarray:
@@ -123,10 +135,17 @@ class TabularModality(Modality[Row, TabularInput]):
             raise ValueError(f"tab.npy: shape {row_K.shape}, the schema has {self.columns} columns")
         return row_K.astype(np.float32, copy=False)
 
-    def _standardise(self, rows_nK: np.ndarray) -> list[Row]:
+    def _scaled(self, numbers_nR: np.ndarray) -> np.ndarray:
+        """As the recipe says; NaN stays NaN."""
+        if self.scores is None:
+            return (numbers_nR - self.mean) / self.std
+        scaled = [scores(numbers_nR[:, i]) for i, scores in enumerate(self.scores)]
+        return np.stack(scaled, axis=1) if scaled else numbers_nR
+
+    def _rows(self, rows_nK: np.ndarray) -> list[Row]:
         numeric = len(self.mean)
         observed_nK = np.isfinite(rows_nK)
-        numbers_nR = np.where(observed_nK[:, :numeric], (rows_nK[:, :numeric] - self.mean) / self.std, 0)
+        numbers_nR = np.where(observed_nK[:, :numeric], self._scaled(rows_nK[:, :numeric]), 0)
         ids_nC = np.where(observed_nK[:, numeric:], rows_nK[:, numeric:], MISSING_ID).astype(np.int64)
         bad_N = ((ids_nC < 0) | (ids_nC >= self.cardinality)).any(axis=1)
         if bad_N.any():
@@ -135,7 +154,7 @@ class TabularModality(Modality[Row, TabularInput]):
         return list(map(Row, numbers_nR.astype(np.float32, copy=False), ids_nC, observed_nK))
 
     def cells(self, content: Row) -> Mapping[str, float | int]:
-        """The columns; numbers standardised."""
+        """The columns; numbers scaled."""
         numbers = np.where(content.observed_K[: len(self.mean)], content.numeric_R, np.nan)
         found: dict[str, float | int] = {
             c.name: float(value) for c, value in zip(self.spec.numeric, numbers, strict=True)

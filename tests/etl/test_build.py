@@ -165,9 +165,27 @@ def test_statistics_and_vocabularies_come_from_train_only(raw: Path, tmp_path: P
     weights = weights[np.isfinite(weights)]
     assert spec.numeric[0].mean == pytest.approx(weights.mean(), rel=1e-6)
     assert spec.numeric[0].std == pytest.approx(weights.std(), rel=1e-6)
+    assert spec.numeric[0].quantiles == pytest.approx(np.quantile(weights, np.linspace(0, 1, 129)), rel=1e-6)
     assert set(spec.categorical[0].values) <= {"a", "b", "c"}
     tokenizer = load_tokenizer(tokenizer_of(gold))
     assert tokenizer.encode("a note on item", add_special_tokens=False).tokens == ["a", "note", "on", "item"]
+
+
+def test_quantiles_of_many_values_come_from_a_repeatable_even_draw(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantiles(lake: str) -> np.ndarray:
+        gold = build(recipe_of(), raw, tmp_path / lake)
+        assert any("numeric columns" in line for line in verify(gold, deep=True))
+        return np.array(Manifest.load(gold).modalities["tabular"].spec["numeric"][0]["quantiles"])
+
+    whole = quantiles("whole")
+    for module in ("etl.fit", "etl.refit"):
+        monkeypatch.setattr(f"{module}.QUANTILE_VALUES", N // 3)
+    drawn = quantiles("drawn")
+    assert (drawn == quantiles("again")).all()
+    assert (drawn != whole).any()
+    assert abs(np.median(drawn) - np.median(whole)) < 0.2 * np.ptp(whole)
 
 
 def test_a_rebuild_keeps_its_fit_until_told_otherwise(raw: Path, tmp_path: Path) -> None:

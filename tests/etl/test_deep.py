@@ -72,6 +72,10 @@ FAULTS: dict[str, tuple[Callable[[Manifest], None], str]] = {
         "fit: column weight has mean 4 ",
     ),
     "std": (lambda m: m.modalities["tabular"].spec["numeric"][0].update(std=9.0), "fit: column weight has mean"),
+    "a quantile": (
+        lambda m: m.modalities["tabular"].spec["numeric"][0]["quantiles"].__setitem__(7, 0.0),
+        "fit: column weight has other quantiles",
+    ),
     "order of a vocabulary": (
         lambda m: m.modalities["tabular"].spec["categorical"][0]["values"].reverse(),
         "column kind",

@@ -1,15 +1,18 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 from pytorch_tabnet.tab_network import TabNetEncoder, TabNetPretraining
 
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities.tabular import Row, TabularEncoder, TabularModality
 from lanistr.ops.ghost_norm import GhostBatchNorm
-from lanistr.transforms import MEMBERS
+from lanistr.transforms import MEMBERS, NumericColumn, TabularSpec, npy_bytes
 from tests.dispatch import CountOperators
 from tests.model.support import RECIPE, SCHEMAS, make_modalities
+
+GRID = np.linspace(0, 1, 129)
 
 
 def schema() -> ModalitySchema:
@@ -179,3 +182,26 @@ def test_tabnet_equals_upstreams_pretraining_module_on_masked_rows() -> None:
     masked, _ = reference(x * inputs.keep_NK[:, encoder.encoder.column_of_X], prior=inputs.keep_NK)
     torch.testing.assert_close(hidden[0], torch.stack(clean, 1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden[1], torch.stack(masked, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_by_rank_do_not_see_the_scale_of_a_column_and_one_by_one_is_as_all_at_once() -> None:
+    train = np.random.default_rng(0).normal(size=500)
+    decoded = []
+    for scale in (np.asarray, np.exp):
+        column = NumericColumn(name="x", mean=0.0, std=1.0, quantiles=np.quantile(scale(train), GRID).tolist())
+        spec = TabularSpec(numeric=[column], categorical=[])
+        plain = ModalitySchema(kind="tabular", members=MEMBERS["tabular"], spec=spec.model_dump())
+        modality = TabularModality("tabular", {"numbers": "quantile"}, plain)
+        stored = [{"tab.npy": npy_bytes(np.array([x], dtype=np.float32))} for x in [*scale(train[:50]), np.nan]]
+        rows = [modality.decode(members) for members in stored]
+        for one, other in zip(rows, modality.decode_batch(stored), strict=True):
+            assert isinstance(other, Row)
+            assert all((a == b).all() for a, b in zip(one, other, strict=True))
+        assert (rows[-1].numeric_R[0], rows[-1].observed_K[0]) == (0, False)
+        decoded.append(np.concatenate([row.numeric_R for row in rows]))
+    assert np.abs(decoded[0] - decoded[1]).max() < 0.02
+
+
+def test_numbers_by_rank_need_a_dataset_with_quantiles() -> None:
+    with pytest.raises(ValueError, match=r"model.modalities.tabular.numbers: quantile .* column a, .* --refit"):
+        TabularModality("tabular", {"numbers": "quantile"}, schema())
