@@ -12,7 +12,10 @@ import signal
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import psutil
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
 GRACE = 120.0  # seconds for a last checkpoint
@@ -50,8 +53,8 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _launchers() -> "list[tuple[int, float]]":
-    """(process id, time of its start) of the launchers above this process, nearest first."""
+def _launchers() -> "list[psutil.Process]":
+    """The launchers above this process, nearest first."""
     import psutil
 
     found = []
@@ -59,24 +62,27 @@ def _launchers() -> "list[tuple[int, float]]":
         try:
             if not any(name in word for word in process.cmdline()[:4] for name in LAUNCHERS):
                 break
-            found.append((process.pid, process.create_time()))
         except psutil.Error:
             break
+        found.append(process)
     return found
 
 
-def _alive(pid: int, started: float) -> bool:
+def _alive(process: "psutil.Process") -> bool:
+    """Whether it has not ended, and no other has its number.
+
+    `is_running` knows a process by its start in ticks since boot; `create_time` is on the wall clock, and moves with it.
+    """
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
-def _watch(watched: "list[tuple[int, float]]") -> None:
-    while all(_alive(*launcher) for launcher in watched):
+def _watch(watched: "list[psutil.Process]") -> None:
+    while all(_alive(launcher) for launcher in watched):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
