@@ -58,11 +58,11 @@ def fill_absent(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict
         ({"pooling": "modalities", "unimodal": 0.5}, "regression"),
     ],
 )
-@pytest.mark.parametrize("text", ["all", "cls"])
+@pytest.mark.parametrize(("text", "columns"), [("all", True), ("cls", False)])
 def test_padded_and_packed_agree_for_all_patterns_and_absent_contents_are_ignored(
-    config: dict[str, Any], target: Target, text: str
+    config: dict[str, Any], target: Target, text: str, columns: bool
 ) -> None:
-    recipe = recipe_with(model__modalities__text__fusion_tokens=text)
+    recipe = recipe_with(model__modalities__text__fusion_tokens=text, model__modalities__tabular__column_tokens=columns)
     modalities = tiny_modalities(recipe)
     task = Finetune(build_model(recipe.model, modalities, 0), 16, 3, FinetuneConfig(**config), 0, target).eval()
     generator = torch.Generator().manual_seed(0)

@@ -159,8 +159,8 @@ class PaddedTabular(PaddedModality):
         numeric_BR, categories_BC, mask_B = tensors
         inputs = TabularInput(numeric_BR, categories_BC, None, torch.zeros(0), batch_statistics=False)
         hidden = self.encoder.encode(inputs)
-        tokens_BLD = self.encoder.project(hidden, inputs).unflatten(0, (-1, self.encoder.steps))
-        return tokens_BLD, mask_B[:, None].expand(-1, self.encoder.steps)
+        tokens_BLD = self.encoder.project(hidden, inputs).unflatten(0, (-1, self.encoder.tokens))
+        return tokens_BLD, mask_B[:, None].expand(-1, self.encoder.tokens)
 
 
 class PaddedSeries(PaddedModality):

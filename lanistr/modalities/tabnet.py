@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import glu, linear, relu
 
 from lanistr.config import ModalityConfig
+from lanistr.modalities.columns import START, ColumnTokens
 from lanistr.ops.ghost_norm import GhostBatchNorm
 from lanistr.ops.sparsemax import sparsemax
 
@@ -30,6 +31,8 @@ class TabularConfig(ModalityConfig):
         mask_ratio: share of columns masked per row.
         numbers: ``standard`` = less the mean of train, over its deviation (paper); ``quantile`` = by their rank in train
             (`lanistr.modalities.scores.NormalScores`): for columns with a long tail.
+        column_tokens: beside the steps a token per column enters fusion (`lanistr.modalities.columns.ColumnTokens`; not in
+            the paper).
     """
 
     embedding_dim: int = 3
@@ -44,6 +47,11 @@ class TabularConfig(ModalityConfig):
     norm: Literal["batch", "frozen"] = "batch"
     mask_ratio: float = Field(default=0.15, gt=0, lt=1)
     numbers: Literal["standard", "quantile"] = "standard"
+    column_tokens: bool = False
+
+    def tokens(self, columns: int) -> int:
+        """How many a row gives to fusion."""
+        return self.steps + (columns if self.column_tokens else 0)
 
 
 class TabNet(nn.Module):
@@ -64,6 +72,7 @@ class TabNet(nn.Module):
         columns = [*range(numeric), *np.repeat(np.arange(len(cardinality)) + numeric, config.embedding_dim)]
         groups_KX = torch.nn.functional.one_hot(torch.tensor(columns, device="cpu")).T.float()
         offsets = np.concatenate([[0], np.cumsum(cardinality)])[:-1].astype(np.int64)
+        self.columns = ColumnTokens(numeric, cardinality, config.width) if config.column_tokens else None
         self.register_buffer("offsets_C", torch.from_numpy(offsets), persistent=False)
         self.register_buffer("column_of_X", torch.tensor(columns), persistent=False)
         self.blocks: Any = TabNetEncoder(
@@ -79,9 +88,13 @@ class TabNet(nn.Module):
         )
         replace_norms(self.blocks, config)
 
+    def rows(self, categories_NC: Tensor) -> Tensor:
+        """Rows of the embedding table, one for all columns."""
+        return categories_NC + self.offsets_C
+
     def embed(self, numeric_NR: Tensor, categories_NC: Tensor) -> Tensor:
         """(N, X), at least float32."""
-        embedded = self.embedding(categories_NC + self.offsets_C).flatten(1)
+        embedded = self.embedding(self.rows(categories_NC)).flatten(1)
         embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         return torch.cat([numeric_NR.to(embedded.dtype), embedded], dim=1)
 
@@ -145,12 +158,17 @@ def replace_norms(module: nn.Module, config: TabularConfig) -> None:
 
 
 class MFMHead(nn.Module):
-    """TabNet's decoder; its linear layer gives one number per numeric column and logits per categorical one."""
+    """TabNet's decoder; its linear layer gives one number per numeric column and logits per categorical one.
+
+    Attributes:
+        mask_token: (D,) of columns, where they have tokens.
+    """
 
     def __init__(self, config: TabularConfig, outputs: int):
         super().__init__()
         from pytorch_tabnet.tab_network import TabNetDecoder
 
+        self.mask_token = nn.Parameter(START * torch.randn(config.width)) if config.column_tokens else None
         self.decoder = TabNetDecoder(outputs, config.width, config.steps)
         replace_norms(self.decoder, config)
 

@@ -1,5 +1,7 @@
 """Tabular rows: columns, masked feature modelling (MFM), and TabNet with its projection and its decoder.
 
+What enters fusion are TabNet's step outputs (paper) and, where the recipe says so, a token per column.
+
 Shape suffixes: N rows of one view, R numeric columns, C categorical columns, K = R + C columns, X features after
 embedding, S steps, D width.
 """
@@ -163,8 +165,8 @@ class TabularModality(Modality[Row, TabularInput]):
         return found | ids
 
     def tokens(self, lengths_N: np.ndarray) -> np.ndarray:
-        """One per decision step."""
-        return np.full_like(lengths_N, self.config.steps)
+        """One per decision step, and one per column where columns have tokens."""
+        return np.full_like(lengths_N, self.config.tokens(self.columns))
 
     def dummy(self) -> Row:
         """A row of means and missing categories."""
@@ -193,7 +195,7 @@ class TabularModality(Modality[Row, TabularInput]):
         """Stack the rows."""
         numeric = torch.from_numpy(np.array([c.numeric_R for c in contents]))
         categories = torch.from_numpy(np.array([c.categories_C for c in contents]))
-        tokens = np.full(len(contents), self.config.steps)
+        tokens = np.full(len(contents), self.config.tokens(self.columns))
         # Statistics need two rows, all of them real.
         batch_statistics = self.config.norm == "batch" and len(contents) > 1 and min(weights) > 0
         if masks is None:
@@ -220,10 +222,13 @@ class TabularModality(Modality[Row, TabularInput]):
         for name, tensor in stored.items():
             if name not in own:
                 adapted[name] = tensor
-            elif name == "embedding.weight":
+            elif name in ("embedding.weight", "columns.embedding.weight"):
                 adapted[name] = match_rows(own[name], tensor, 0, keys[0].rows, keys[1].rows)
             elif name.endswith("initial_splitter.shared.shared_layers.0.weight"):
                 adapted[name] = match_rows(own[name], tensor, 1, keys[0].features, keys[1].features)
+            elif name in ("columns.weight", "columns.bias"):
+                columns = [key.numeric if name == "columns.weight" else key.columns for key in keys]
+                adapted[name] = match_rows(own[name], tensor, 0, *columns)
             elif ".initial_bn." in name and tensor.ndim:
                 adapted[name] = match_rows(own[name], tensor, 0, keys[0].features, keys[1].features)
             elif ".att_transformers." in name and tensor.ndim:
@@ -239,8 +244,9 @@ class TabularModality(Modality[Row, TabularInput]):
 
 @dataclass(frozen=True)
 class _Keys:
-    """What each column, embedded feature and row of the embedding table stands for."""
+    """What each numeric column, column, embedded feature and row of the embedding table stands for."""
 
+    numeric: list[Any]
     columns: list[Any]
     features: list[Any]
     rows: list[Any]
@@ -261,7 +267,7 @@ class _Keys:
                 *(("bucket", b, c.buckets) for b in range(c.buckets)),
             ]
         ]
-        return cls([*numeric, *categorical], [*numeric, *embedded], rows)
+        return cls(numeric, [*numeric, *categorical], [*numeric, *embedded], rows)
 
 
 def _compare(name: str, own: _Keys, old: _Keys) -> list[str]:
@@ -285,20 +291,31 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
     def __init__(self, config: TabularConfig, numeric: int, cardinality: list[int], width: int):
         super().__init__()
         self.numeric, self.cardinality, self.steps = numeric, cardinality, config.steps
+        self.tokens = config.tokens(numeric + len(cardinality))
         self.encoder = TabNet(config, numeric, cardinality)
         self.projection = nn.Linear(config.width, width)
         self.head = MFMHead(config, numeric + sum(cardinality))
 
     def encode(self, inputs: TabularInput) -> Tensor:
-        """(views * N * S, D): the step outputs of each row."""
+        """(views * N * tokens, D): the step outputs of each row, then its columns where they have tokens."""
         tabnet = self.encoder
         x_NX = tabnet.embed(inputs.numeric_NR, inputs.categories_NC)
         prior_NK = x_NX.new_ones(x_NX.shape[0], self.numeric + len(self.cardinality))
         if inputs.keep_NK is None:
-            return tabnet(x_NX, prior_NK, 1, inputs.batch_statistics).flatten(0, 1)
+            return self._beside(tabnet(x_NX, prior_NK, 1, inputs.batch_statistics), inputs)
         keep_NK = inputs.keep_NK.to(x_NX.dtype)
         x_NX = torch.cat([x_NX, x_NX * keep_NK.index_select(1, tabnet.column_of_X)])
-        return tabnet(x_NX, torch.cat([prior_NK, keep_NK]), 2, inputs.batch_statistics).flatten(0, 1)
+        return self._beside(tabnet(x_NX, torch.cat([prior_NK, keep_NK]), 2, inputs.batch_statistics), inputs)
+
+    def _beside(self, steps_NSD: Tensor, inputs: TabularInput) -> Tensor:
+        """The rows' step outputs, of all views, with the tokens of their columns, one after the other."""
+        columns = self.encoder.columns
+        if columns is None:
+            return steps_NSD.flatten(0, 1)
+        tokens_NKD = columns(inputs.numeric_NR, self.encoder.rows(inputs.categories_NC))
+        if inputs.keep_NK is not None:
+            tokens_NKD = torch.cat([tokens_NKD, columns.hide(tokens_NKD, inputs.keep_NK, self.head.mask_token)])
+        return torch.cat([steps_NSD, tokens_NKD], dim=1).flatten(0, 1)
 
     def cell_shares(self, inputs: TabularInput) -> Tensor:
         """(N, K), rows sum to 1: the masks of all steps, weighted by their summed outputs (Arik and Pfister, section 3.3)."""
@@ -315,7 +332,7 @@ class TabularEncoder(ModalityEncoder[TabularInput]):
     def reconstruct(self, hidden: Tensor, inputs: TabularInput) -> Tensor:
         """Squared error of numbers and cross-entropy of categories, summed over masked observed cells."""
         rows = len(inputs.numeric_NR)
-        hidden_NSD = hidden.view(2, rows, self.steps, -1)[1]
+        hidden_NSD = hidden.view(2, rows, self.tokens, -1)[1, :, : self.steps]
         out = self.head(hidden_NSD, inputs.batch_statistics).float()  # the decoder has no clean view
         errors = (out[:, : self.numeric] - inputs.numeric_NR).square()
         total = (errors * inputs.weights_NK[:, : self.numeric]).sum()

@@ -205,3 +205,55 @@ def test_numbers_by_rank_do_not_see_the_scale_of_a_column_and_one_by_one_is_as_a
 def test_numbers_by_rank_need_a_dataset_with_quantiles() -> None:
     with pytest.raises(ValueError, match=r"model.modalities.tabular.numbers: quantile .* column a, .* --refit"):
         TabularModality("tabular", {"numbers": "quantile"}, schema())
+
+
+def with_columns() -> tuple[TabularModality, TabularEncoder]:
+    config = {**RECIPE.model.modalities["tabular"], "norm": "frozen", "column_tokens": True}
+    modality = TabularModality("tabular", config, schema())
+    torch.manual_seed(0)
+    return modality, modality.build(16, "sdpa_bucketed").double()
+
+
+def test_column_tokens_stand_behind_the_steps_and_equal_a_loop_over_cells() -> None:
+    modality, encoder = with_columns()
+    contents = rows(4)
+    hidden = masks(contents, modality)
+    collated = modality.collate(contents, hidden, [1.0] * 4)
+    columns = encoder.encoder.columns
+    assert columns is not None
+    assert collated.token_counts.tolist() == modality.tokens(np.ones(4)).tolist() == [2 + 3] * 4
+    found = encoder.encode(collated.inputs).view(2, 4, 5, -1)
+    for n, (row, mask) in enumerate(zip(contents, hidden, strict=True)):
+        for k in range(3):
+            if k < 2:
+                token = columns.weight[k] * float(row.numeric_R[k])
+            else:
+                token = columns.embedding.weight[row.categories_C[0]]
+            torch.testing.assert_close(found[0, n, 2 + k], token + columns.bias[k])
+            seen = encoder.head.mask_token if mask[k] else token
+            torch.testing.assert_close(found[1, n, 2 + k], seen + columns.bias[k])
+    plain = modality.collate(contents, None, [1.0] * 4).inputs
+    assert torch.equal(found[0].flatten(0, 1), encoder.encode(plain))
+    steps = encoder.encoder(encoder.encoder.embed(plain.numeric_NR, plain.categories_NC), torch.ones(4, 3), 1, False)
+    torch.testing.assert_close(found[0, :, :2], steps)
+
+
+def test_a_hidden_cell_is_in_no_token_of_the_masked_view() -> None:
+    modality, encoder = with_columns()
+    (row,), hidden = rows(1), [np.array([False, True, True])]
+    other = Row(row.numeric_R + np.array([0, 3], dtype=np.float32), (row.categories_C + 1) % 5, row.observed_K)
+    views = [
+        encoder.encode(modality.collate([content], hidden, [1.0]).inputs).view(2, 5, -1) for content in (row, other)
+    ]
+    assert torch.equal(views[0][1], views[1][1])
+    assert not torch.equal(views[0][0], views[1][0])
+
+
+def test_column_tokens_leave_the_masked_loss_to_the_steps() -> None:
+    modality, encoder = with_columns()
+    contents = rows(5)
+    inputs = modality.collate(contents, masks(contents, modality), [1.0] * 5).inputs
+    found = encoder.encode(inputs)
+    tokens = found.view(2, 5, 5, -1)
+    changed = torch.cat([tokens[:, :, :2], torch.randn_like(tokens[:, :, 2:])], 2)
+    assert torch.equal(encoder.reconstruct(found, inputs), encoder.reconstruct(changed.flatten(0, 2), inputs))

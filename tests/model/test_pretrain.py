@@ -50,6 +50,7 @@ def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: lis
         {"model__checkpoint_activations": True},
         {f"model__modalities__{name}__absent_token": True for name in NAMES},
         {f"model__modalities__{name}__absent_token": True for name in ("image", "timeseries")},
+        {"model__modalities__tabular__column_tokens": True},
     ],
     ids=[
         "text cls in fusion",
@@ -58,6 +59,7 @@ def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: lis
         "activation checkpointing",
         "absent tokens",
         "two of them",
+        "column tokens",
     ],
 )
 def test_switches_equal_the_oracle_too(changes: dict) -> None:

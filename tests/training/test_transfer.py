@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lanistr.config import FinetuneConfig
+from lanistr.config import FinetuneConfig, Recipe
 from lanistr.manifest import ModalitySchema
 from lanistr.modalities import MODALITIES
 from lanistr.modalities.base import Modality
@@ -17,7 +17,7 @@ from lanistr.tasks import Finetune
 from lanistr.training.checkpoint import WEIGHTS, named_tensors, save_weights
 from lanistr.training.transfer import refuse_untrained, transfer
 from lanistr.transforms import MEMBERS, npy_bytes
-from tests.model.support import NAMES, RECIPE, SCHEMAS, make_modalities, make_pretrain
+from tests.model.support import NAMES, RECIPE, SCHEMAS, make_modalities, make_pretrain, recipe_with
 
 OTHER_TABLE = {
     "kind": "tabular",
@@ -26,14 +26,14 @@ OTHER_TABLE = {
 }  # fmt: skip
 
 
-def modalities_with(name: str, spec: dict[str, Any]) -> dict[str, Modality[Any, Any]]:
+def modalities_with(name: str, spec: dict[str, Any], recipe: Recipe = RECIPE) -> dict[str, Modality[Any, Any]]:
     schema = ModalitySchema(kind=name, members=MEMBERS[name], spec=spec)
-    return {**make_modalities(), name: MODALITIES[name](name, RECIPE.model.modalities[name], schema)}
+    return {**make_modalities(recipe), name: MODALITIES[name](name, recipe.model.modalities[name], schema)}
 
 
-def pretraining_run(folder: Path) -> tuple[Path, Any]:
+def pretraining_run(folder: Path, recipe: Recipe = RECIPE) -> tuple[Path, Any]:
     """A run folder with a checkpoint, written by hand."""
-    task = make_pretrain(make_modalities(), seed=3)
+    task = make_pretrain(make_modalities(recipe), seed=3, recipe=recipe)
     with torch.no_grad():
         for name, buffer in task.named_buffers():
             if name.endswith(("running_mean", "running_var")):
@@ -46,9 +46,9 @@ def pretraining_run(folder: Path) -> tuple[Path, Any]:
     return folder, task
 
 
-def fresh(modalities: dict[str, Modality[Any, Any]]) -> Finetune:
-    model = build_model(RECIPE.model, modalities, seed=9)
-    return Finetune(model, RECIPE.model.fusion.width, 3, FinetuneConfig(), seed=9).eval()
+def fresh(modalities: dict[str, Modality[Any, Any]], recipe: Recipe = RECIPE) -> Finetune:
+    model = build_model(recipe.model, modalities, seed=9)
+    return Finetune(model, recipe.model.fusion.width, 3, FinetuneConfig(), seed=9).eval()
 
 
 def test_everything_but_the_classifier_is_carried_over(tmp_path: Path) -> None:
@@ -64,22 +64,26 @@ def test_everything_but_the_classifier_is_carried_over(tmp_path: Path) -> None:
     assert "new: classifier" in str(report)
 
 
-def test_columns_and_categories_in_another_order_give_the_same_tokens(tmp_path: Path) -> None:
-    run, pretrained = pretraining_run(tmp_path)
+@pytest.mark.parametrize("column_tokens", [False, True])
+def test_columns_and_categories_in_another_order_give_the_same_tokens(column_tokens: bool, tmp_path: Path) -> None:
+    recipe = recipe_with(model__modalities__tabular__column_tokens=column_tokens)
+    run, pretrained = pretraining_run(tmp_path, recipe)
     spec = SCHEMAS["tabular"].model_dump()
     shuffled = {
         **spec,
         "numeric": spec["numeric"][::-1],
         "categorical": [{"name": "c", "values": ["z", "new", "x", "y"]}],
     }
-    modalities = modalities_with("tabular", shuffled)
-    tuned = fresh(modalities)
+    modalities = modalities_with("tabular", shuffled, recipe)
+    tuned = fresh(modalities, recipe)
     report = transfer(tuned, run, modalities)
     here = modalities["tabular"].decode({"tab.npy": npy_bytes(np.array([0.5, 2.0, 4], dtype=np.float32))})  # b, a, x
-    there = make_modalities()["tabular"].decode({"tab.npy": npy_bytes(np.array([2.0, 0.5, 2], dtype=np.float32))})
+    original = make_modalities(recipe)["tabular"]
+    there = original.decode({"tab.npy": npy_bytes(np.array([2.0, 0.5, 2], dtype=np.float32))})
     ours = tuned.model.encoder("tabular").encode(modalities["tabular"].collate([here], None, [1.0]).inputs)
-    inputs = make_modalities()["tabular"].collate([there], None, [1.0]).inputs
-    expected = pretrained.eval().model.encoder("tabular").encode(inputs)
+    expected = pretrained.eval().model.encoder("tabular").encode(original.collate([there], None, [1.0]).inputs)
+    if column_tokens:
+        expected = expected[[0, 1, 3, 2, 4]]  # two steps, then b, a, c
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert report.notes == ["tabular: 5 embedding rows by name, 1 new, 0 gone (value/new)"]
 
