@@ -121,7 +121,7 @@ class Batch:
         inputs: per modality, in the manifest's order; what its `collate` returned.
         counts: how much each term predicts in this micro-batch (contract 4): known before forward.
         loading: how it was loaded, for the log.
-        alone: per modality of `Collator.cross`, the index of [CLS] and its tokens in the clean view.
+        alone: per modality of `Collator.alone`, the index of [CLS] and its tokens in the clean view.
         targets_BL: float32 numbers of a multi-label target or a regression, NaN = unknown; None with classes.
     """
 

@@ -213,6 +213,8 @@ class FinetuneConfig(OptimizerConfig):
         unimodal: weight of a classifier per modality on the mean of its projected tokens, trained by a cross-entropy of
             its own over the samples that have the modality; the fused classifier then adds to their logits what no
             modality knows alone. 0 = off, as in the paper.
+        unimodal_on: what these classifiers see: the mean of a modality's projected ``tokens``, or of its tokens ``fused``
+            alone, which is what ``objective.cross`` teaches.
         hidden: width of the classifier MLP.
         dropout: in the classifier MLP.
         modality_dropout: chance per sample and epoch that a present modality is hidden in training.
@@ -232,6 +234,7 @@ class FinetuneConfig(OptimizerConfig):
     transfer: Literal["all", "encoders"] | list[str] = "all"
     pooling: Literal["cls", "mean", "modalities"] = "cls"
     unimodal: float = Field(default=0.0, ge=0)
+    unimodal_on: Literal["tokens", "fused"] = "tokens"
     hidden: int = 256
     dropout: float = 0.0
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -248,6 +251,10 @@ class FinetuneConfig(OptimizerConfig):
         if isinstance(self.freeze, str):
             return list(modalities) if self.freeze == "encoders" else []
         return _known_parts("freeze", self.freeze, modalities)
+
+    def alone(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """The modalities that are fused alone, too."""
+        return tuple(modalities) if self.unimodal and self.unimodal_on == "fused" else ()
 
     def transferred(self, modalities: Sequence[str]) -> list[str] | None:
         """The parts that ``transfer`` names; None = all. Raises ValueError for one that there is not."""

@@ -63,7 +63,7 @@ def count_work(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, Wo
     task, modalities = meta_pretrain(recipe, schemas_of(recipe, manifest))
     contents = {name: modality.example() for name, modality in modalities.items()}
     sample = Sample(key="example", presence=0, label=-1, contents=contents)
-    collator = Collator(modalities, views=2, seed=0, cross=tuple(recipe.objective.cross))
+    collator = Collator(modalities, views=2, seed=0, alone=tuple(recipe.objective.cross))
     batch = to_device(collator([sample], [1.0], epoch=0), "meta")
     parts: dict[str, Work] = {}
     for name, modality in modalities.items():

@@ -74,21 +74,26 @@ class PaddedModel(nn.Module):
             keeps.append(keep_BL)
         logits_BC = self.task.classifier(self._pool(tokens, keeps))
         for (_, classifier), x_BLD, keep_BL in zip(self.task.unimodal.items(), tokens, keeps, strict=False):
-            logits_BC = logits_BC + classifier(_mean(x_BLD, keep_BL)) * keep_BL.any(1, keepdim=True)
+            own_BD = _mean(*self._fuse([x_BLD], [keep_BL])) if self.task.alone else _mean(x_BLD, keep_BL)
+            logits_BC = logits_BC + classifier(own_BD) * keep_BL.any(1, keepdim=True)
         known_B1 = torch.cat(keeps, dim=1).any(1, keepdim=True)
         logits_BC = torch.where(known_B1, logits_BC, self.task.prior)
         if self.task.target == "regression":
             return logits_BC * self.task.target_std + self.task.target_mean
         return logits_BC.softmax(-1) if self.task.target == "class" else logits_BC.sigmoid()
 
-    def _pool(self, tokens: list[Tensor], keeps: list[Tensor]) -> Tensor:
+    def _fuse(self, tokens: list[Tensor], keeps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, 1 + L, D) [CLS] and these tokens fused, and which are real."""
         fusion = self.task.model.fusion
         cls_B1D = fusion.cls.expand(tokens[0].shape[0], 1, -1)
         first_B1 = torch.ones_like(keeps[0][:, :1])
         x_BLD, keep_BL = torch.cat([cls_B1D, *tokens], dim=1), torch.cat([first_B1, *keeps], dim=1)
         for block in fusion.blocks:
             x_BLD = dense_block(cast(Block, block), x_BLD, keep_BL)
-        x_BLD = fusion.norm(x_BLD)
+        return fusion.norm(x_BLD), keep_BL
+
+    def _pool(self, tokens: list[Tensor], keeps: list[Tensor]) -> Tensor:
+        x_BLD, keep_BL = self._fuse(tokens, keeps)
         if self.task.pooling == "cls":
             return x_BLD[:, 0]
         if self.task.pooling == "mean":
@@ -178,7 +183,8 @@ def _check(padded: PaddedModel, modalities: Mapping[str, Modality[Any, Any]], gr
         for pattern in itertools.product([True, False], repeat=len(modalities))
     ]
     samples = [Sample(key=f"{i:016x}", presence=0, label=-1, contents=found) for i, found in enumerate(contents)]
-    expected = padded.task.predict(Collator(modalities, views=1, seed=0)(samples, [1.0] * len(samples), 0)).numpy()
+    collator = Collator(modalities, views=1, seed=0, alone=padded.task.alone)
+    expected = padded.task.predict(collator(samples, [1.0] * len(samples), 0)).numpy()
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, padded.pad(contents))
     apart = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))

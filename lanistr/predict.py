@@ -76,7 +76,7 @@ class Predictor:
             tokenizer=load_tokenizer(tokenizer) if tokenizer.is_file() else None,
             max_chars=config.max_chars,
         )
-        self.collator = Collator(self.modalities, views=1, seed=0)
+        self.collator = Collator(self.modalities, views=1, seed=0, alone=self.task.alone if self.task else ())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, trust: bool = False, device: str = "cpu") -> "Predictor":

@@ -120,11 +120,9 @@ class CrossModal(nn.Module):
         starts = dict(zip(model.encoders, itertools.accumulate(map(len, pools), initial=1), strict=False))  # 0 = [CLS]
         alone_BD, mean_BH, there_B = {}, {}, {}
         for name in self.names:
-            index = batch.alone[name]
-            fused_TD = model.fusion(model.fusion.assemble(pools, index), index)
-            alone_BD[name] = mean_of_samples(fused_TD, index, batch.size).to(fused_TD.dtype)
+            alone_BD[name] = mean_alone(model, pools, batch, name)
             rows_RH = model.entering(name, hidden, batch)
-            mean_BH[name], there_B[name] = self._target(rows_RH, starts[name], batch, index)
+            mean_BH[name], there_B[name] = self._target(rows_RH, starts[name], batch, batch.alone[name])
         losses = [
             cross_modal_loss(self.predictors[f"{a}_{b}"](alone_BD[a]), mean_BH[b], there_B[a] * there_B[b])
             for a, b in self._pairs()
@@ -156,6 +154,13 @@ def mean_of_samples(fused_TD: Tensor, index: FusionIndex, size: int) -> Tensor:
     return weighted_TD.new_zeros(size, fused_TD.shape[1]).index_add(0, sample_T, weighted_TD)
 
 
+def mean_alone(model: Lanistr, pools: list[Tensor], batch: Batch, name: str) -> Tensor:
+    """Mean of [CLS] and one modality's tokens, fused without the others, (B, D); needs `Collator.alone`."""
+    index = batch.alone[name]
+    fused_TD = model.fusion(model.fusion.assemble(pools, index), index)
+    return mean_of_samples(fused_TD, index, batch.size).to(fused_TD.dtype)
+
+
 def mean_by_modality(x_TD: Tensor, batch: Batch, modalities: int) -> Tensor:
     """[CLS] and the mean of each modality's rows in one view, (B, 1 + modalities, D) float32; absent = zeros."""
     slots = batch.size * (1 + modalities)
@@ -175,6 +180,7 @@ class Finetune(nn.Module):
 
     Attributes:
         weights: ``cls`` 1, and ``cls_<modality>`` where each modality has a classifier of its own.
+        alone: modalities that batches must hold alone, too (`Collator.alone`).
         prior: logits of a sample of which nothing is known: the shares of the labels in use, one more of each counted.
     """
 
@@ -192,6 +198,7 @@ class Finetune(nn.Module):
         self.pooling = config.pooling
         self.weights = {"cls": 1.0}
         self.frozen: list[nn.Module] = []
+        self.alone = config.alone(list(model.encoders))
         sources = 1 + len(model.encoders) if config.pooling == "modalities" else 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
@@ -255,18 +262,25 @@ class Finetune(nn.Module):
 
         A modality's are zero for the samples that lack it, so that ``cls`` is the sum of what is present.
         """
-        tokens_TD, _ = self.model.tokens(batch)
+        pools, _ = self.model.pools(batch)
+        tokens_TD = self.model.fusion.assemble(pools, batch.fusion)
         fused_TD = self.model.fusion(tokens_TD, batch.fusion)
         logits = {"cls": self.classifier(self._pool(fused_TD, batch)).float()}
         if self.unimodal:
-            means_BMD = mean_by_modality(tokens_TD, batch, len(self.unimodal))[:, 1:].to(tokens_TD.dtype)
+            means = self._own_means(pools, tokens_TD, batch)
             present_BM = slots_present(batch, len(self.unimodal))[:, 1:]
             for i, (name, classifier) in enumerate(self.unimodal.items()):
-                own_BC = classifier(means_BMD[:, i]).float() * present_BM[:, i, None]
+                own_BC = classifier(means[i]).float() * present_BM[:, i, None]
                 logits[f"cls_{name}"] = own_BC
                 # Each modality is taught by its own term alone; the fused classifier learns what is left.
                 logits["cls"] = logits["cls"] + own_BC.detach()
         return logits
+
+    def _own_means(self, pools: list[Tensor], tokens_TD: Tensor, batch: Batch) -> Sequence[Tensor]:
+        """(B, D) per modality: what its own classifier sees."""
+        if self.alone:
+            return [mean_alone(self.model, pools, batch, name) for name in self.alone]
+        return mean_by_modality(tokens_TD, batch, len(self.unimodal))[:, 1:].to(tokens_TD.dtype).unbind(1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Total loss over labelled samples of weight > 0, per term over those that have the modality."""

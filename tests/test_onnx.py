@@ -54,6 +54,7 @@ def fill_absent(arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict
     [
         ({"pooling": "cls"}, "class"),
         ({"pooling": "mean", "unimodal": 1.0}, "class"),
+        ({"pooling": "mean", "unimodal": 1.0, "unimodal_on": "fused"}, "class"),
         ({"pooling": "modalities"}, "multilabel"),
         ({"pooling": "modalities", "unimodal": 0.5}, "regression"),
     ],
@@ -74,7 +75,8 @@ def test_padded_and_packed_agree_for_all_patterns_and_absent_contents_are_ignore
             task.target_std *= 2
         task.prior += torch.randn(3, generator=generator)
     contents, _ = random_samples(modalities, PATTERNS * 2, seed=4)
-    expected = task.predict(Collator(modalities, views=1, seed=0)(samples_of(contents), [1.0] * len(contents), 0))
+    collator = Collator(modalities, views=1, seed=0, alone=task.alone)
+    expected = task.predict(collator(samples_of(contents), [1.0] * len(contents), 0))
     assert expected.std(0).min() > 1e-3, "samples are told apart"
     model = PaddedModel(task, modalities)
     arrays = model.pad(contents)

@@ -168,7 +168,7 @@ class Tab2TxtMethod(PretrainedMethod):
         config, objective = recipe.pretrain, self._objective(recipe, dataset)
         model = build_model(recipe.model, dict(dataset.modalities), config.seed, pick_device().type)
         task = Pretrain(model, dict(dataset.modalities), recipe.model.fusion, objective, config.seed, config.freeze)
-        collator = Collator(dataset.modalities, views=2, seed=config.seed, cross=tuple(objective.cross))
+        collator = Collator(dataset.modalities, views=2, seed=config.seed, alone=tuple(objective.cross))
         return Made(task, model, collator, choose_samples(dataset, config), config)
 
     @staticmethod

@@ -32,7 +32,7 @@ class Collator:
 
     Attributes:
         views: 2 = clean and masked (pretraining), 1 = clean.
-        cross: modalities each of which, alone, predicts the others (`lanistr.tasks.Pretrain`).
+        alone: modalities that the task also fuses alone (`Batch.alone`).
         modality_dropout: chance that a present modality is treated as absent; a sample that would lose all keeps all.
     """
 
@@ -40,7 +40,7 @@ class Collator:
     views: int
     seed: int
     modality_dropout: float = 0.0
-    cross: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     _stream: Streams = field(default_factory=Streams, compare=False, repr=False)
 
     def __call__(self, samples: Sequence[Sample], weights: Sequence[float], epoch: int) -> Batch:
@@ -76,8 +76,8 @@ class Collator:
                 has_B = np.zeros(len(samples), dtype=bool)
                 has_B[of] = True
                 counts[f"cls_{name}"] = float((labelled & has_B).sum())
-        sources = {name: i for i, name in enumerate(self.modalities) if name in self.cross}
-        if sources:
+        sources = {name: i for i, name in enumerate(self.modalities) if name in self.alone}
+        if sources and self.views == 2:
             in_sample = np.stack(
                 [np.bincount(rows[i], weights_B[rows[i]] > 0, len(samples)) > 0 for i in sources.values()]
             )

@@ -174,7 +174,7 @@ def attention_shares(task: Finetune, batch: Batch) -> Tensor:
     blocks = [cast(Block, block) for block in task.model.fusion.blocks]
     hooks = [block.qkv.register_forward_hook(catch) for block in blocks]
     try:
-        task.logits(batch)
+        task.model(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -35,7 +35,7 @@ def predict(
         (n, L) float32.
     """
     ranks, rank = distributed.world_size(), distributed.rank()
-    collator = Collator(dataset.modalities, views=1, seed=0)
+    collator = Collator(dataset.modalities, views=1, seed=0, alone=task.alone)
     task.eval()
     mine = [
         task.predict(to_device(batch, device)).double().cpu().numpy()

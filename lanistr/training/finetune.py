@@ -66,7 +66,7 @@ def finetune(
     resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
     dataset, val = _open(data, recipe, modalities)
-    collator = Collator(modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout)
+    collator = Collator(modalities, 1, config.seed, config.modality_dropout, config.alone(list(modalities)))
     positions = dataset.labelled(labels, config.seed)
     loader = train_loader(dataset, collator, recipe.data, config, positions)
     about = describe_checkpoint(recipe, "finetune", manifest)

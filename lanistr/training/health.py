@@ -106,6 +106,7 @@ class Probe:
         self.similarity_K = torch.zeros(len(self.sources), dtype=torch.float64)
         self.weight_K = torch.zeros(len(self.sources), dtype=torch.float64)
         self.batch: Batch | None = None
+        self.fused = False
         self.hooks = [
             task.register_forward_pre_hook(self._note_batch),
             task.model.fusion.norm.register_forward_pre_hook(self._note_fused),
@@ -119,13 +120,14 @@ class Probe:
             hook.remove()
 
     def _note_batch(self, _: nn.Module, arguments: tuple[Batch]) -> None:
-        self.batch = arguments[0]
+        self.batch, self.fused = arguments[0], False
 
     @torch.no_grad()
     def _note_fused(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
         assert self.batch is not None
-        if len(arguments[0]) != len(self.batch.fusion.gather_T):
-            return  # a modality alone, for the cross-modal objective
+        if self.fused:
+            return  # the whole samples come first, then modalities alone
+        self.fused = True
         clean_RD, modalities = arguments[0].detach().chunk(self.batch.views)[0], len(self.sources) - 1
         self.fused_ND.append(mean_tokens(clean_RD, self.batch).cpu())
         self.means_NKD.append(mean_by_modality(clean_RD, self.batch, modalities).cpu())

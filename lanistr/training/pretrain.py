@@ -53,7 +53,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path, ds_config: Path, *, resume: 
     resuming = check_run(run, resume)
     _, world, _ = distributed.world_from_environment()
     dataset, positions = _open(data, recipe, modalities)
-    collator = Collator(modalities, views=2, seed=config.seed, cross=tuple(recipe.objective.cross))
+    collator = Collator(modalities, views=2, seed=config.seed, alone=tuple(recipe.objective.cross))
     loader = train_loader(dataset, collator, recipe.data, config, positions)
     about = describe_checkpoint(recipe, "pretrain", manifest)
     if resuming:

@@ -31,7 +31,7 @@ def tiny(folder: Path) -> GoldDataset:
 
 def batch_of(dataset: GoldDataset, views: int, weights: list[float] | None = None) -> Batch:
     samples = intact(read_samples(dataset, list(range(dataset.n))))
-    return Collator(dataset.modalities, views=views, seed=0, cross=CROSS)(samples, weights or [1.0] * dataset.n, 0)
+    return Collator(dataset.modalities, views=views, seed=0, alone=CROSS)(samples, weights or [1.0] * dataset.n, 0)
 
 
 def crossing(dataset: GoldDataset, frozen: tuple[str, ...] = ()) -> tuple[Pretrain, Recipe]:

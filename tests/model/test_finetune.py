@@ -13,7 +13,7 @@ from lanistr.data.loader import Collator
 from lanistr.data.samples import Sample
 from lanistr.manifest import Target
 from lanistr.model.lanistr import build_model
-from lanistr.tasks import Finetune, balanced_weights, mean_by_modality
+from lanistr.tasks import Finetune, balanced_weights, mean_by_modality, mean_tokens
 from tests.model.support import NAMES, RECIPE, make_modalities, random_samples, recipe_with
 
 
@@ -132,6 +132,30 @@ def test_unimodal_classifiers_are_taught_by_the_samples_that_have_the_modality()
     summed = task.classifier(task.model(batch)[0].index_select(0, batch.fusion.cls_S))
     summed = summed + torch.stack([logits[f"cls_{name}"] for name in NAMES]).sum(0)
     torch.testing.assert_close(logits["cls"], summed)
+
+
+def test_unimodal_classifiers_may_see_what_fusion_makes_of_their_modality_alone() -> None:
+    presence = [["text", "image"], ["tabular", "text"], list(NAMES), ["image"], []]
+    modalities = make_modalities()
+    contents, _ = random_samples(modalities, presence, seed=1)
+    task = make_task(pooling="mean", unimodal=1.0, unimodal_on="fused").double()
+    batch = collate(modalities, contents, task.alone)
+    logits = task.logits(batch)
+    summed = task.classifier(mean_tokens(task.model(batch)[0], batch).double())
+    for name in NAMES:
+        only = [{name: own[name]} if name in own else {} for own in contents]
+        narrowed = collate(modalities, only, ())  # the other modalities were never there
+        mean_BD = mean_tokens(task.model(narrowed)[0], narrowed).double()
+        expected = task.unimodal[name](mean_BD).float()
+        for i, present in enumerate(presence):
+            torch.testing.assert_close(logits[f"cls_{name}"][i], expected[i] if name in present else torch.zeros(3))
+        summed = summed + logits[f"cls_{name}"]
+    torch.testing.assert_close(logits["cls"], summed.float())
+
+
+def collate(modalities: dict[str, Any], contents: list[dict[str, Any]], alone: tuple[str, ...]) -> Batch:
+    samples = [Sample(str(i), 0, 0, own) for i, own in enumerate(contents)]
+    return Collator(modalities, views=1, seed=0, alone=alone)(samples, [1.0] * len(samples), epoch=0)
 
 
 def test_the_fused_term_does_not_teach_the_unimodal_classifiers() -> None:

@@ -62,7 +62,7 @@ class Run:
 
     def loader(self, train: GoldDataset) -> TrainLoader:
         dropout = self.config.modality_dropout
-        collator = Collator(train.modalities, views=1, seed=0, modality_dropout=dropout)
+        collator = Collator(train.modalities, 1, 0, dropout, self.task.alone)
         return TrainLoader(
             train, collator, global_batch=8, micro_batch=None, ranks=1, rank=0, seed=0, grouping="grouped",
             positions=self.positions,
@@ -90,6 +90,7 @@ def fit(task: Finetune, loader: TrainLoader, steps: int) -> list[float]:
     [
         {"freeze": "encoders", "unimodal": 0.5, "modality_dropout": 0.3},
         {"freeze": ["text", "tabular"]},
+        {"freeze": "encoders", "unimodal": 1.0, "unimodal_on": "fused", "modality_dropout": 0.3},
         {"freeze": ["image", "projections", "fusion"]},
         {"freeze": "encoders", "absent_token": True},
     ],
