@@ -43,6 +43,9 @@ SMALL = [
     "model.modalities.text={hidden: 32, layers: 1, heads: 2, intermediate: 64, max_tokens: 96}",
     "model.modalities.image={size: 64, patch: 16, hidden: 32, layers: 1, heads: 2, intermediate: 64}",
     "model.modalities.timeseries={hidden: 32, layers: 1, heads: 2, intermediate: 64, max_steps: 52}",
+    "model.modalities.tabular.numbers=quantile",
+    "model.modalities.tabular.column_tokens=true",
+    "finetune.unimodal_on=fused",
 ]
 
 
@@ -51,7 +54,8 @@ def make_run(run: Path, gold: Path, recipe: Recipe) -> Any:
     manifest = Manifest.load(gold)
     task = make_task(recipe, manifest, "cpu")
     dataset = open_split(gold, "train", make_modalities(manifest, recipe.model.modalities), recipe.data)
-    batch = Collator(dataset.modalities, views=1, seed=0)([dataset.read(i) for i in range(64)], [1.0] * 64, 0)
+    collator = Collator(dataset.modalities, views=1, seed=0, alone=task.alone)
+    batch = collator([dataset.read(i) for i in range(64)], [1.0] * 64, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in task.parameters():
