@@ -158,6 +158,27 @@ def collate(modalities: dict[str, Any], contents: list[dict[str, Any]], alone: t
     return Collator(modalities, views=1, seed=0, alone=alone)(samples, [1.0] * len(samples), epoch=0)
 
 
+@pytest.mark.parametrize("on", ["tokens", "fused"])
+def test_gradients_come_in_one_order_whatever_a_batch_lacks(on: str) -> None:
+    task = make_task(pooling="mean", unimodal=1.0, unimodal_on=on)
+    task.model.drop_heads()
+    orders = []
+    for presence in ([list(NAMES)] * 2, [["text"], ["text", "tabular"]], [["image"], ["image"]]):
+        order: list[str] = []
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+            for name, parameter in task.named_parameters()
+        ]
+        modalities = make_modalities()
+        totals = task(collate(modalities, random_samples(modalities, presence, seed=1)[0], task.alone))
+        torch.stack(list(totals.values())).sum().backward()
+        orders.append(order)
+        for hook in hooks:
+            hook.remove()
+    assert sorted(orders[0]) == sorted(name for name, _ in task.named_parameters())
+    assert orders[1] == orders[2] == orders[0]
+
+
 def test_the_fused_term_does_not_teach_the_unimodal_classifiers() -> None:
     batch, _ = make_batch([list(NAMES)] * 2, [0, 1])
     task = make_task(unimodal=0.5)

@@ -100,8 +100,11 @@ def hook_order(task: torch.nn.Module, batch: object) -> list[str]:
 ABSENT = recipe_with(**{f"model__modalities__{name}__absent_token": True for name in NAMES})
 
 
+COLUMNS = recipe_with(model__modalities__tabular__column_tokens=True)
+
+
 @pytest.mark.parametrize("masks_as_bits", range(15))
-@pytest.mark.parametrize("recipe", [RECIPE, ABSENT], ids=["as published", "absent tokens"])
+@pytest.mark.parametrize("recipe", [RECIPE, ABSENT, COLUMNS], ids=["as published", "absent tokens", "column tokens"])
 def test_gradient_hook_order_is_the_same_for_every_presence_pattern(recipe: Recipe, masks_as_bits: int) -> None:
     modalities = make_modalities(recipe)
     task = make_pretrain(modalities, recipe=recipe)
