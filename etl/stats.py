@@ -10,6 +10,7 @@ from etl.summary import Categories, Numbers, Summary, in_full
 from lanistr.manifest import SPLITS
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+LONG_TAIL = 5.0
 
 
 def stats(gold: Path, redact: bool | None = None) -> str:
@@ -100,8 +101,17 @@ def _numbers(columns: Sequence[Numbers]) -> str:
     rows = []
     for column in columns:
         found = np.quantile(column.values, (0, 0.5, 1)) if len(column.values) else []
-        rows.append([column.name, share(column.missing, 1), *([in_full(v) for v in found] or "---")])
-    return table(["numbers", "missing", "min", "median", "max"], rows) if rows else ""
+        shown = [*map(in_full, found), f"{column.skew:.1f}"] if len(found) else [*"----"]
+        rows.append([column.name, share(column.missing, 1), *shown])
+    if not rows:
+        return ""
+    lines = [table(["numbers", "missing", "min", "median", "max", "skew"], rows)]
+    if any(abs(column.skew) > LONG_TAIL for column in columns):
+        lines.append(
+            f"a skew beyond {LONG_TAIL:.0f}: standardised, nearly all values of a column are one number to a model; of a table's "
+            "columns `model.modalities.<name>.numbers: quantile` gives it their ranks"
+        )
+    return "\n".join(lines)
 
 
 def _categories(columns: Sequence[Categories]) -> str:

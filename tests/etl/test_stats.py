@@ -5,11 +5,14 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from etl.__main__ import main
 from etl.build import build
-from etl.stats import stats, table
+from etl.stats import _numbers, stats, table
+from etl.summary import Numbers
 from tests.etl.test_build import recipe_of, write_raw
 
 
@@ -36,6 +39,19 @@ def test_patterns_and_labels_are_those_of_the_tars(gold: Path) -> None:
             labels[line.split()[0]] += sum(int(cell) for cell in line.split()[1::2])
     assert sum(labels.values()) == len(members) == 120
     assert labels["no"] == 40
+
+
+def test_a_long_tail_is_pointed_out() -> None:
+    even, tail = np.linspace(-1, 1, 500), np.random.default_rng(0).lognormal(0, 3, 500)
+    quiet = _numbers(
+        [Numbers("even", even, 0.0), Numbers("nothing", np.zeros(0), 1.0), Numbers("same", np.ones(9), 0.0)]
+    )
+    assert "quantile" not in quiet
+    told = _numbers([Numbers("even", even, 0.0), Numbers("price", tail, 0.0)])
+    cells = {line.split()[0]: line.split()[-1] for line in told.splitlines()}
+    assert float(cells["even"]) == 0
+    assert float(cells["price"]) == pytest.approx(scipy.stats.skew(tail), abs=0.06)
+    assert "numbers: quantile" in told.splitlines()[-1]
 
 
 def test_lineage_names_every_raw_file(gold: Path) -> None:
