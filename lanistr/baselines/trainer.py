@@ -12,7 +12,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,13 @@ class Task(Protocol):
 
 
 class Answers(Protocol):
-    """A classification task."""
+    """A classification task.
+
+    Attributes:
+        alone: see `Collator.alone`.
+    """
+
+    alone: tuple[str, ...]
 
     def predict(self, batch: Batch) -> Tensor:
         """(B, C) probabilities."""
@@ -59,6 +65,7 @@ class Classifier(nn.Module, ABC):
     """
 
     class_weights: Tensor
+    alone = ()
 
     def __init__(self, classes: int):
         super().__init__()
@@ -202,7 +209,7 @@ class Keeper:
 
 def predict(task: nn.Module, subset: Subset, device: torch.device) -> np.ndarray:
     """(N, C) float64 probabilities of the samples of a subset, in their order."""
-    collator = Collator(subset.dataset.modalities, views=1, seed=0)
+    collator = Collator(subset.dataset.modalities, views=1, seed=0, alone=cast(Answers, task).alone)
     batches = eval_batches(
         subset.dataset, collator, batch=EVAL_BATCH, ranks=1, rank=0, positions=subset.positions_N
     )  # fmt: skip
@@ -245,9 +252,8 @@ def fit_classifier(
 def _train(
     task: nn.Module, train: Subset, val: Subset, config: FinetuneConfig, data: DataConfig, device: torch.device
 ) -> None:
-    collator = Collator(
-        train.dataset.modalities, views=1, seed=config.seed, modality_dropout=config.modality_dropout
-    )  # fmt: skip
+    alone = cast(Answers, task).alone
+    collator = Collator(train.dataset.modalities, 1, config.seed, config.modality_dropout, alone)
     loader = train_loader(train.dataset, collator, data, config, train.positions_N)
     keeper = Keeper(task, val, config, loader.steps_per_epoch, device)
     minimise(task, loader, config, device, keeper.after_step)

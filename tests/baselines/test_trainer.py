@@ -99,6 +99,8 @@ def test_the_same_as_lanistr_under_deepspeed(tmp_path: Path) -> None:
 class Scripted(nn.Module):
     """Right about a given share of the samples at each validation."""
 
+    alone = ()
+
     def __init__(self, shares: list[float]):
         super().__init__()
         self.shares, self.seen = shares, nn.Parameter(torch.zeros(()))
@@ -131,7 +133,12 @@ def test_with_frozen_encoders_the_cache_changes_no_answer_and_saves_their_passes
     found: dict[bool, tuple[np.ndarray, int]] = {}
     published = publish_text(tmp_path / "bert")
     for cache in (False, True):
-        recipe = planted_recipe(pretrain__max_steps=1, finetune__cache=cache, finetune__freeze=["text"], **published)
+        heads = {
+            "finetune__unimodal": 1.0,
+            "finetune__unimodal_on": "fused",
+        }  # what Tab2Txt and ALBEF share with LANISTR
+        changes = {"finetune__cache": cache, "finetune__freeze": ["text"], **heads, **published}
+        recipe = planted_recipe(pretrain__max_steps=1, **changes)
         folder = tmp_path / f"{cache}"
         made: dict[str, Callable[[], Method]] = {
             "late_fusion": partial(LateFusionMethod, recipe),
