@@ -104,6 +104,11 @@ def test_a_fault_of_the_build_is_named(fault: str, gold: Path) -> None:
         verify(gold, deep=True)
 
 
+def test_a_fit_without_quantiles_is_recomputed_as_far_as_it_goes(gold: Path) -> None:
+    edit(gold, lambda m: m.modalities["tabular"].spec["numeric"][0].update(quantiles=[]))
+    assert any("numeric columns" in line for line in verify(gold, deep=True))
+
+
 def change_silver(gold: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     (folder,) = gold.parents[1].glob(f"silver/{gold.name}")
     for path in folder.rglob("*.parquet"):
