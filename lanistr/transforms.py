@@ -56,12 +56,7 @@ class ImageSpec(Strict):
 
 
 class NumericColumn(Strict):
-    """A numeric column, as it is in train.
-
-    Attributes:
-        mean, std: mean and standard deviation (> 0).
-        quantiles: evenly spaced, least and greatest value included; none where they were not computed.
-    """
+    """A numeric column in train: mean, deviation (> 0), and evenly spaced quantiles, both ends included ([] = unknown)."""
 
     name: str
     mean: float
