@@ -16,6 +16,7 @@ from lanistr.modalities import MODALITIES
 from lanistr.training.flops import meta_pretrain
 
 PUBLISHED_TOTAL = 277.16e6  # Table 5, MIMIC-IV
+CROSS = "cross-modal predictors"
 
 
 def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, int]:
@@ -36,6 +37,8 @@ def count_parts(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, i
     parts["fusion encoder"] = _count(model.fusion) + _count(model.absent)
     parts["SimMMM projector"] = _count(task.heads.projector)
     parts["SimMMM predictor"] = _count(task.heads.predictor)
+    if task.cross:
+        parts[CROSS] = _count(task.cross)
     assert sum(parts.values()) == _count(task), "a part is missing from the count"
     return parts
 
@@ -84,6 +87,9 @@ def count_work(recipe: Recipe, manifest: Manifest | None = None) -> dict[str, Wo
         ("SimMMM predictor", "heads.predictor", compared),
     ):
         parts[part] = Work(tokens, sum(counter.get_flop_counts()[f"Pretrain.{module}"].values()))
+    if task.cross:
+        linears = [f"Pretrain.cross.predictors.{pair}" for pair in task.cross.predictors]
+        parts[CROSS] = Work(0, sum(sum(counter.get_flop_counts()[linear].values()) for linear in linears))
     return parts
 
 

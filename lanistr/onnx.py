@@ -112,7 +112,7 @@ def _mean(x_BLD: Tensor, keep_BL: Tensor) -> Tensor:
 def export_onnx(exported: Exported, out: Path) -> float:
     """Write the graph of a fine-tuned model, after it was compared with the model.
 
-    Inputs are what `Modality.decode` gives (numbers standardised, tokens as ids), padded, by `PaddedModel.pad`; a mask per
+    Inputs are what `Modality.decode` gives (numbers scaled, tokens as ids), padded, by `PaddedModel.pad`; a mask per
     modality, False where the sample lacks it. The file's metadata hold the target and the labels.
 
     Args:

@@ -4,7 +4,7 @@ The one place where raw data becomes model input: the ETL calls it for training 
 records, so that training and serving cannot differ. Imports no torch.
 
 For each kind there is a ``*Spec`` (stored in the manifest, fitted on train only) and an ``encode_*`` function that
-returns ``{member suffix: bytes}``. Numbers are stored untransformed (NaN = missing cell); standardisation happens
+returns ``{member suffix: bytes}``. Numbers are stored untransformed (NaN = missing cell); scaling happens
 when a member is decoded.
 """
 

@@ -27,7 +27,7 @@ class Features:
 
     Attributes:
         texts: "" where there is none.
-        numbers_NR: of the table, standardised by the manifest; NaN = missing.
+        numbers_NR: of the table, scaled as the recipe says; NaN = missing.
         categories_NK: category ids; 0 = missing.
         images_NF: thumbnail, mean and spread of each channel, and colour histogram; NaN = no image.
         series_NF: of every variable mean, spread, least, greatest, first and last value and share observed; NaN = unknown.

@@ -137,7 +137,7 @@ class PaddedImage(PaddedModality):
 
 
 class PaddedTabular(PaddedModality):
-    """``numeric`` (B, R) float32, standardised; ``categories`` (B, C) int64; ``mask`` (B,) bool."""
+    """``numeric`` (B, R) float32, scaled; ``categories`` (B, C) int64; ``mask`` (B,) bool."""
 
     tensors = ("numeric", "categories", "mask")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lanistr.__main__ import main
-from lanistr.config import load_recipe
+from lanistr.config import load_recipe, recipe_names
 from lanistr.describe import count_parts, count_work
 from lanistr.modalities import MODALITIES
 from lanistr.model.lanistr import Lanistr
@@ -38,6 +38,8 @@ def test_modalities_that_predict_each_other_cost_fusion_more_passes() -> None:
     plain, cross = count_work(recipe_with()), count_work(recipe_with(objective__cross=["text", "tabular"]))
     assert cross["fusion encoder"].flops > plain["fusion encoder"].flops
     assert cross["text encoder"] == plain["text encoder"]
+    assert cross["cross-modal predictors"].flops == 2 * 16 * (8 + 16)  # of one sample, a linear layer each way
+    assert "cross-modal predictors" not in plain
 
 
 def test_official_preset_reconciles_with_table_5_part_by_part() -> None:
@@ -50,6 +52,14 @@ def test_official_preset_reconciles_with_table_5_part_by_part() -> None:
     assert millions["SimMMM projector"] == 9.97
     assert millions["SimMMM predictor"] == 2.10
     assert round(sum(parts.values()) / 1e6, 2) == 277.16
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_that_ships_is_described(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "--recipe", name]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"recipe {name}: ")
+    assert "GFLOP forward" in out
 
 
 def test_command_prints_parameters_tokens_and_flops(capsys: pytest.CaptureFixture[str]) -> None:
