@@ -26,7 +26,7 @@ test: setup  ## the tests (below 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: setup  ## the tests and the slow evidence
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --hypothesis-profile=explore
 
 demo: setup  ## data, pretraining, fine-tuning and a report, in one go (runs/demo/report.md)
 	launchers/demo.sh

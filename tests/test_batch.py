@@ -9,7 +9,7 @@ from lanistr.batch import Batch, make_fusion_index, map_leaves
 from lanistr.data.transfer import pack
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(size=st.integers(1, 6), modalities=st.integers(1, 4), views=st.integers(1, 2), seed=st.integers(0, 999))
 def test_fusion_sequences_are_assembled_as_a_loop_over_samples_would(
     size: int, modalities: int, views: int, seed: int

@@ -19,7 +19,7 @@ def draw(seed: int, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return scores / scores.sum(1, keepdims=True), labels
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), n=st.integers(12, 90), classes=st.integers(2, 5))
 def test_class_metrics_equal_scikit_learn(seed: int, n: int, classes: int) -> None:
     p, y = draw(seed, n, classes)
@@ -38,7 +38,7 @@ def test_class_metrics_equal_scikit_learn(seed: int, n: int, classes: int) -> No
         assert METRICS["class"][name](p, y) == pytest.approx(value, abs=1e-9), name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), n=st.integers(10, 60), labels=st.integers(1, 4))
 def test_multilabel_metrics_equal_scikit_learn(seed: int, n: int, labels: int) -> None:
     rng = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ def test_multilabel_metrics_equal_scikit_learn(seed: int, n: int, labels: int) -
         assert METRICS["multilabel"][name](p, y.astype(float)) == pytest.approx(value, abs=1e-9), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), n=st.integers(3, 60), columns=st.integers(1, 3))
 def test_regression_metrics_equal_scikit_learn(seed: int, n: int, columns: int) -> None:
     rng = np.random.default_rng(seed)

@@ -38,12 +38,27 @@ class NormalScores:
 
     def __call__(self, values_N: np.ndarray) -> np.ndarray:
         """(N,) float64; NaN stays NaN."""
-        return np.interp(values_N, self.knots_K, self.scores_K)
+        return _between(values_N, self.knots_K, self.scores_K)
+
+
+def _between(values_N: np.ndarray, knots_K: np.ndarray, scores_K: np.ndarray) -> np.ndarray:
+    """Linear between the knots, the ends' scores outside; never descends.
+
+    `np.interp` multiplies by a slope: its rounding can order two values the wrong way round, and between knots that
+    lie closer than the smallest normal number the slope is infinite.
+    """
+    if len(knots_K) == 1:
+        return np.where(np.isnan(values_N), np.nan, scores_K[0])
+    inside_N = np.clip(values_N, knots_K[0], knots_K[-1])
+    left_N = np.clip(np.searchsorted(knots_K, inside_N, side="right") - 1, 0, len(knots_K) - 2)
+    low_N, high_N = scores_K[left_N], scores_K[left_N + 1]
+    share_N = (inside_N - knots_K[left_N]) / (knots_K[left_N + 1] - knots_K[left_N])
+    return np.minimum(low_N + share_N * (high_N - low_N), high_N)
 
 
 def _standardised(quantiles: np.ndarray, knots_K: np.ndarray, scores_K: np.ndarray) -> np.ndarray:
     """Scores of mean 0 and deviation 1 (0 for a constant) over what the quantiles stand for."""
-    found = np.interp(quantiles, knots_K, scores_K)
+    found = _between(quantiles, knots_K, scores_K)
     weights = np.ones(len(found))
     weights[[0, -1]] = 0.5
     mean = np.average(found, weights=weights)

@@ -35,7 +35,7 @@ def hidden_at(dataset: GoldDataset, name: str, rate: float, seed: int, n: int = 
     return np.array([not hiding.fetch(i).presence & bit for i in range(n)])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(NAMES),
     rates=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),

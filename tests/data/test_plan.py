@@ -55,7 +55,7 @@ def read_all(plan: Plan, epoch: int = 0, first: int = 0) -> list[list[int]]:
 sources = st.builds(Shards, st.lists(st.integers(1, 60), min_size=1, max_size=9), st.none(), st.integers(0, 5))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     source=sources,
     grouping=st.sampled_from(GROUPINGS),
@@ -84,7 +84,7 @@ def test_each_sample_at_most_once_and_the_tail_is_below_one_batch(
         assert read_all(plan, epoch, first) == steps[first:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     source=sources,
     grouping=st.sampled_from(GROUPINGS),
@@ -193,7 +193,7 @@ def test_steps_come_in_random_order_not_from_short_to_long(grouping: str) -> Non
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
     weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0, 2.5]), min_size=5, max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_weights_say_how_often_each_sample_is_seen(sizes: list[int], weights: list[float]) -> None:
     source = Shards(sizes, weights[: len(sizes)])
     n = sum(sizes)
@@ -226,7 +226,7 @@ def test_a_token_budget_with_fractional_weights_or_below_four_samples_is_refused
         Plan(Shards([50, 50]), 0, PlanOptions("mixed", 8, 300))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 80),
     equal=st.booleans(),
@@ -275,7 +275,7 @@ def test_no_rank_waits_and_hardly_anything_is_padding_at_32_samples_per_rank(ima
     assert real / padded > 0.98
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 40), st.integers(0, 3))
 def test_packed_sorting_equals_lexsort(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

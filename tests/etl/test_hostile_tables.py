@@ -367,7 +367,7 @@ def check_json(lake: Lake, lines: list[bytes]) -> None:
                 assert by_row[number] == (value["a"] or None)
 
 
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LONG = settings(QUICK, max_examples=300)
 
 

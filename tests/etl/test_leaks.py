@@ -18,7 +18,6 @@ from lanistr.manifest import Manifest
 texts = st.lists(st.lists(st.integers(0, 3), max_size=6).map(lambda ids: np.array(ids, dtype=np.int64)), max_size=5)
 
 
-@settings(deadline=None)
 @given(texts)
 def test_phrases_are_those_of_a_naive_loop(texts: list[np.ndarray]) -> None:
     expected = {
@@ -33,7 +32,6 @@ def test_phrases_are_those_of_a_naive_loop(texts: list[np.ndarray]) -> None:
     assert set(found) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.01, 0.99))
 def test_removed_error_is_the_lower_wilson_bound(counts: tuple[int, int], base: float) -> None:
     hits, n = counts
@@ -57,7 +55,7 @@ def test_a_group_is_one_witness_however_often_it_repeats_itself() -> None:
     assert expected < 0.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000))
 def test_identifiers_and_noise_decide_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)

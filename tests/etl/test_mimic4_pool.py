@@ -53,7 +53,7 @@ def table(columns: list[str], rows: list[tuple]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in cells], schema=pa.schema(fields))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(EVENTS, EVENTS, st.lists(st.sampled_from([0, 2, 3, 5]), unique=True))
 def test_the_pool_equals_a_naive_matching(some_notes: list[Event], some_images: list[Event], days: list[int]) -> None:
     stays = {f"s{day}": (day * 1440 + 720, day * 1440 + 1920) for day in days}

@@ -78,7 +78,7 @@ def naive_stratified(rows: Rows, split: Split) -> dict[str, str]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows_of)
 def test_stratified_split_is_that_of_plain_python_and_group_safe(rows: Rows) -> None:
     split = Split(train=0.5, val=0.25, test=0.25, stratify=True)
@@ -87,7 +87,7 @@ def test_stratified_split_is_that_of_plain_python_and_group_safe(rows: Rows) -> 
 
 
 @pytest.mark.parametrize("stratify", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=rows_of)
 def test_unlabelled_groups_are_train_and_all_others_stay_where_they_were(stratify: bool, rows: Rows) -> None:
     shares = {"train": 0.4, "val": 0.3, "test": 0.3, "stratify": stratify}
@@ -108,7 +108,7 @@ def test_stratified_shares_are_exact_and_a_new_group_moves_few() -> None:
     assert sum(found[row] != grown[row] for row in found) <= 2
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows_of)
 def test_time_split_lets_nothing_of_the_future_into_train(rows: Rows) -> None:
     found = splits(rows, Split.model_validate({"time": {"val": 0, "test": 3}}))

@@ -228,7 +228,7 @@ def test_executors_are_chosen_by_the_command_line() -> None:
         list(Dask("tcp://127.0.0.1:9", timeout=0.5).map(die, [1]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, 3 * ROW_GROUP), max_size=6), second=st.integers(0, 2 * ROW_GROUP))
 def test_equal_rows_give_equal_silver_files_however_they_are_batched(
     cuts: list[int], second: int, tmp_path_factory: pytest.TempPathFactory

@@ -17,7 +17,7 @@ def game(numbers: list[float], players: list[str]) -> dict[frozenset[str], float
     return {frozenset(): 0.0, **found}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-5, 5), min_size=15, max_size=15))
 def test_values_are_the_mean_gain_over_all_orders_and_sum_to_the_whole(numbers: list[float]) -> None:
     values = game(numbers, PLAYERS)
@@ -31,7 +31,7 @@ def test_values_are_the_mean_gain_over_all_orders_and_sum_to_the_whole(numbers: 
     assert sum(found.values()) == pytest.approx(values[frozenset(PLAYERS)], abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-5, 5), min_size=15, max_size=15))
 def test_an_interaction_is_the_mean_over_orders_that_join_a_pair_as_one(numbers: list[float]) -> None:
     values = game(numbers, PLAYERS)

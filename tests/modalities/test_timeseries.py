@@ -35,7 +35,7 @@ def test_fixed_positions_are_neither_trained_nor_saved_and_learnable_ones_are_bo
     assert fixed(torch.zeros(4, 3), make_layout([4])).dtype == torch.bfloat16
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(1, 30),
     ratio=st.sampled_from([0.05, 0.15, 0.5, 0.7, 0.95]),

@@ -93,7 +93,7 @@ def test_lambda_scales_each_terms_gradient() -> None:
         torch.testing.assert_close(parameter.grad, parts, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(length=st.integers(2, 60), pads=st.integers(0, 5), seed=st.integers(0, 10_000))
 def test_special_and_pad_tokens_are_never_masked(length: int, pads: int, seed: int) -> None:
     text = make_modalities()["text"]

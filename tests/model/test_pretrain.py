@@ -34,7 +34,7 @@ def gradients(task: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(presence=PATTERNS, seed=st.integers(0, 1000))
 @example(presence=[list(NAMES[:3]), [], list(NAMES[:3]), list(NAMES[:3])], seed=715)
 def test_packed_equals_padded_with_mask_in_every_loss_and_gradient(presence: list, seed: int) -> None:

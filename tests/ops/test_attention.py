@@ -22,7 +22,7 @@ def qkv(rows: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["sdpa_bucketed", "sdpa_padded"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=LENGTHS)
 def test_backend_equals_a_float64_loop_in_values_and_gradients(backend: str, lengths: list[int]) -> None:
     layout = make_layout(lengths)

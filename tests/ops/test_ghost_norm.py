@@ -27,7 +27,7 @@ def loop(norm: GhostBatchNorm, x: torch.Tensor, views: int) -> tuple[torch.Tenso
     return torch.cat(outputs), mean, var
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(2, 40), chunk=st.none() | st.integers(2, 12), views=st.integers(1, 2), seed=st.integers(0, 99))
 def test_equals_a_loop_over_chunks_in_outputs_gradients_and_running_statistics(
     rows: int, chunk: int | None, views: int, seed: int

@@ -8,7 +8,7 @@ from pytorch_tabnet.sparsemax import Sparsemax
 from lanistr.ops.sparsemax import sparsemax
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=st.lists(st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_equals_upstream_and_lies_on_the_simplex(rows: list[list[float]]) -> None:
     z = torch.tensor(rows)
